@@ -1,0 +1,1 @@
+"""Lightning callbacks: observe, call geometry, act, record."""

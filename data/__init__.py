@@ -1,0 +1,1 @@
+"""LightningDataModules, the sources behind them, and samplers that remember where they were."""

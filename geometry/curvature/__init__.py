@@ -1,0 +1,1 @@
+"""Hessian and Gauss-Newton operators, and what is estimated from their products."""

@@ -1,0 +1,1 @@
+"""Norms of layers: linear minimisation oracles, dual norms, noise measured in them."""

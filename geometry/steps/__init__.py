@@ -1,0 +1,1 @@
+"""How far a step may go, and how far it went."""

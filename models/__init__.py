@@ -1,0 +1,1 @@
+"""Plain modules: encoders, scenes, policy losses."""

@@ -1,0 +1,1 @@
+"""Optimizers whose step is defined by a norm or a metric."""

@@ -1,0 +1,1 @@
+"""Figures, and the one self-contained HTML page they end up on."""
