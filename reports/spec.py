@@ -1,0 +1,182 @@
+"""What a report shows: one entry a figure, in the order of the page."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from matplotlib.figure import Figure
+
+from evolute.reports import figures
+from evolute.reports.run import Run
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure and what a reader must know about it.
+
+    Attributes:
+        key: anchor on the page and file name of the exported figure.
+        title: heading.
+        draw: figure function.
+        good: the sentences under the figure: what it shows and what a good value looks like.
+        needs: patterns of metric names; one with a finite value is enough to draw the figure.
+        remedy: what to add to a run that records none of them.
+        optional: leave the section out, rather than explain, where no run has data.
+    """
+
+    key: str
+    title: str
+    draw: Callable[[Sequence[Run]], Figure]
+    good: str
+    needs: tuple[str, ...]
+    remedy: str = ""
+    optional: bool = False
+
+    def found(self, runs: Sequence[Run]) -> bool:
+        """Say whether some run recorded what the figure needs."""
+        return any(
+            run.has(name) for run in runs for name in run.metrics if any(fnmatchcase(name, need) for need in self.needs)
+        )
+
+    def reason(self) -> str:
+        """Return the sentence that stands in place of a figure without data."""
+        return f"No figure: {' and '.join(self.needs)} not recorded. {self.remedy}"
+
+
+SECTIONS = (
+    Section(
+        "loss",
+        "Loss",
+        figures.loss,
+        "Good: both losses fall and flatten together, and validation ends well below the dashed line, the bits per byte "
+        "of a bigram model of the same corpus. A validation curve that turns up while training falls is overfitting; "
+        "one that stays at the floor has learnt letter pairs and no more.",
+        ("train/loss", "val/loss", "val/bits_per_byte"),
+        "The recipe's module logs these; log train/loss from training_step in your own.",
+    ),
+    Section(
+        "schedule",
+        "Learning-rate schedule",
+        figures.schedule,
+        "The rate the scheduler asks for. Good: a short rise, then a fall to a small fraction of the peak by the last "
+        "step; a run that stops high on this curve was stopped early.",
+        ("lr", "lr-*", "lr/*"),
+        "Add Lightning's LearningRateMonitor().",
+        optional=True,
+    ),
+    Section(
+        "layer-lr",
+        "Learning rate used by each layer",
+        figures.layer_lr,
+        "Rows are layers, colour is the rate each was really stepped with: schedule times the layer's own factor. Good: "
+        "columns brighten and darken together with the schedule, rows differ by a small, steady factor; a row that "
+        "flickers follows its noise estimate rather than the noise.",
+        ("layer_lr/*",),
+        "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
+    ),
+    Section(
+        "noise",
+        "Gradient noise by layer",
+        figures.noise,
+        "Running estimate of each layer's gradient noise, in the dual norm its optimizer steps by; compare rows within "
+        "one kind of layer only. Good: rows settle after warm-up. Rows that differ by several times within a kind are "
+        "what a per-layer rate can use; equal rows mean it has nothing to gain.",
+        ("noise/*",),
+        "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
+    ),
+    Section(
+        "lr-ratio",
+        "Learning-rate factor by layer",
+        figures.lr_ratio,
+        "What noise makes of the schedule: 1 leaves a layer its full rate, and the quietest layer of each kind has "
+        "exactly 1. Good: between about 0.3 and 1 and slow to change. All at 1 is the plain optimizer; many rows near 0 "
+        "mean most of the model hardly trains.",
+        ("lr_ratio/*",),
+        "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
+    ),
+    Section(
+        "sharpness",
+        "Sharpness against its threshold",
+        figures.sharpness,
+        "The largest eigenvalue of the Hessian, and the curvature above which a step of this optimizer at this learning "
+        "rate overshoots. Good: a ratio that climbs towards 1 and hovers there, the edge of stability, or stays below. "
+        "Well above 1 for many steps, the loss should be spiking: lower the rate or lengthen the warm-up. Far below 1 "
+        "throughout, a higher rate may be free.",
+        ("curvature/sharpness",),
+        "Add CurvatureMonitor() to the callbacks.",
+    ),
+    Section(
+        "trace",
+        "Trace of the Hessian",
+        figures.trace,
+        "Sum of all curvatures; the band is one standard error of the estimate. Good: a slow drift with a band narrow "
+        "beside it. A band as wide as the value says only that more probes are needed.",
+        ("curvature/trace",),
+        optional=True,
+    ),
+    Section(
+        "layer-sharpness",
+        "Sharpness by layer",
+        figures.layer_sharpness,
+        "Largest eigenvalue of each layer's own block of the Hessian. Good: no single row orders of magnitude above all "
+        "others; such a layer sets the learning rate for the whole model.",
+        ("curvature/layer_sharpness/*",),
+        optional=True,
+    ),
+    Section(
+        "step-ratio",
+        "Step against the radius of the local model",
+        figures.step_ratio,
+        "Length of each step over the ghost radius, inside which the local expansion of the loss along the step "
+        "converges. Good: below 1, often far below, with rare peaks. Above 1 the step leaves the region its gradient "
+        "describes; many such steps together precede loss spikes. Triangles mark steps that were shortened.",
+        ("step/ghost_ratio",),
+        "Add StepRadius() to the callbacks.",
+    ),
+    Section(
+        "noise-scale",
+        "Gradient noise scale",
+        figures.noise_scale,
+        "The batch size at which noise and signal of the gradient are equal, close to the critical batch size. Good: a "
+        "batch near or below this line. Batches far above it waste examples; far below, gradients are mostly noise and "
+        "a larger batch saves steps. It usually grows as the loss falls.",
+        ("layer/noise_scale",),
+        "Add LayerMonitor() to the callbacks; it needs micro-batches (accumulate_grad_batches >= 2) or several ranks.",
+    ),
+    Section(
+        "update-ratio",
+        "Update size by layer",
+        figures.update_ratio,
+        "Each layer's update relative to its weights, one step. Good: near 1e-3 (marked on the scale), say 3e-4 to 3e-3, "
+        "and alike across layers. Above 1e-2 the linear picture of a step is doubtful; below 1e-5 a layer is standing "
+        "still. Layers that start at zero or are normalised sit higher at first.",
+        ("layer/update_ratio/*",),
+        "Add LayerMonitor() to the callbacks.",
+    ),
+    Section(
+        "snr",
+        "Gradient signal to noise by layer",
+        figures.snr,
+        "How much of each layer's gradient repeats from one batch to the next. Good: high early and falling as the "
+        "easy part of the data is learnt; a row near 0 from the start learns from noise.",
+        ("layer/snr/*",),
+        optional=True,
+    ),
+    Section(
+        "throughput",
+        "Throughput",
+        figures.throughput,
+        "Good: flat. Regular dips are measurements, validation or checkpoints; a slope down is a leak or a busy machine.",
+        ("train/tokens_per_s",),
+        optional=True,
+    ),
+    Section(
+        "time",
+        "Time spent by each callback",
+        figures.callback_time,
+        "Total over the run and share of wall-clock. Good: a few per cent for all monitors together; raise every_n_steps "
+        "of the longest bar, or lower its budget, where it is more.",
+        ("*/time_ms",),
+        "Callbacks of evolute record what they cost; none ran.",
+    ),
+)
