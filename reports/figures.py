@@ -144,7 +144,7 @@ def step_ratio(runs: Sequence[Run]) -> Figure:
     _log_if_positive(axes)
     _limit(axes, 1.0, "radius of the local model")
     style.label(axes, STEP, "step / ghost radius")
-    style.legend(axes, ncols=2)
+    style.legend(axes, columns=2)
     return figure
 
 

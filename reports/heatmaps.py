@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ def layer_heatmap(
         _draw(axes, style.cell_edges(steps), full, norm, colours)
         _name_rows(axes, names if index == 0 or not tables[0][0] else [])
         style.label(axes, x="optimizer step", title=title)
-    _colour_bar(figure, [axes for axes in grid[0]], norm, colours, unit, mark)
+    _colour_bar(figure, grid[0], norm, colours, unit, mark)
     return figure
 
 
@@ -84,8 +85,6 @@ def _name_rows(axes: Axes, names: Sequence[str]) -> None:
 def _colour_bar(
     figure: Figure, panels: list[Axes], norm: Normalize, colours: Colormap, unit: str, mark: float | None
 ) -> None:
-    from matplotlib.cm import ScalarMappable
-
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, pad=0.015, fraction=0.03, aspect=30)
     bar.set_label(unit, color=style.INK, fontsize=9)
     bar.ax.tick_params(which="both", colors=style.MUTED, labelsize=8)

@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -47,6 +47,7 @@ body{font-size:11pt}nav{display:none}main,header,footer{max-width:none;padding:0
 break-inside:avoid}section.long{break-inside:auto}a{color:inherit;text-decoration:none}}
 """
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _VARIABLES = {style.INK: "var(--ink)", style.MUTED: "var(--muted)", style.GRID: "var(--grid)"}
 
 
@@ -105,9 +106,9 @@ def flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, str]:
     for key, value in tree.items():
         name = f"{head}{key}"
         if isinstance(value, list):
-            value = dict(enumerate(value))  # pyright: ignore[reportUnknownArgumentType]
+            value = {str(place): item for place, item in enumerate(cast("list[Any]", value))}
         if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{name}.")
+            flat |= flatten(cast("dict[str, Any]", value), f"{name}.")
         else:
             flat[name] = "" if value is None else str(value)
     return flat
@@ -117,7 +118,7 @@ def page(title: str, header: str, main: str, footer: str) -> str:
     """Return the whole document. The policy forbids every load, so the page cannot reach a network."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head>\n"
         f"<body><header>{header}</header>\n<main>{main}</main>\n<footer>{footer}</footer></body></html>\n"

@@ -1,9 +1,11 @@
 """The report of one run, or of several side by side: one HTML file that needs no network."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 import evolute
 from evolute.reports import html
@@ -41,16 +43,21 @@ def save_figures(
     runs: Sequence[Run | Path | str], folder: Path | str, formats: Sequence[str] = ("png", "svg")
 ) -> list[Path]:
     """Save every figure that has data as ``folder/<key>.<format>``, on white, and return the paths."""
-    loaded, folder, written = load_runs(runs), Path(folder), list[Path]()
+    folder, written = Path(folder), list[Path]()
     folder.mkdir(parents=True, exist_ok=True)
-    for section in SECTIONS:
-        if section.found(loaded):
-            figure = section.draw(loaded)
-            for kind in formats:
-                path = folder / f"{section.key}.{kind}"
-                figure.savefig(path, format=kind, dpi=150, facecolor="white")
-                written.append(path)
+    for key, figure in draw_figures(load_runs(runs)):
+        for kind in formats:
+            path = folder / f"{key}.{kind}"
+            figure.savefig(path, format=kind, dpi=150, facecolor="white")
+            written.append(path)
     return written
+
+
+def draw_figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """Yield the key and the figure of every section that has data."""
+    for section in SECTIONS:
+        if section.found(runs):
+            yield section.key, section.draw(runs)
 
 
 def render(runs: Sequence[Run]) -> str:
@@ -92,7 +99,8 @@ def _numbers(runs: Sequence[Run]) -> str:
     numbers = [headline(run) for run in runs]
     if len(runs) == 1:
         cards = "".join(
-            f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd><dd class="why">{escape(note)}</dd></div>'
+            f'<div><dt>{escape(label)}</dt><dd class="value">{escape(value)}</dd>'
+            f'<dd class="why">{escape(note)}</dd></div>'
             for label, value, note in numbers[0]
         )
         return f'<dl class="cards">{cards}</dl>'
@@ -105,7 +113,7 @@ def _numbers(runs: Sequence[Run]) -> str:
 def _warnings(runs: Sequence[Run]) -> str:
     """Return a line on every metric with NaN or infinite values: figures leave them out, a reader must know."""
     lines = [
-        f"{run.name}: {count} non-finite value{'s' * (count > 1)} in {name}, first at step {step}; left out of the figures."
+        f"{run.name}: {count} non-finite value{'s' * (count > 1)} in {name}, first at step {step}; not in the figures."
         for run in runs
         for name, (count, step) in list(nonfinite(run).items())[:10]
     ]

@@ -59,7 +59,8 @@ class Run:
     def layers(self, prefix: str) -> dict[str, Series]:
         """Return the finite series of every metric called ``prefix/<layer>``, by layer, in the order of the model."""
         head = prefix.rstrip("/") + "/"
-        names = [name for name in self.metrics if name.startswith(head) and self.has(name)]
+        # time_ms is what the callback cost, not a layer of that name.
+        names = [n for n in self.metrics if n.startswith(head) and n != f"{head}time_ms" and self.has(n)]
         return {name.removeprefix(head): self.series(name) for name in names}
 
     @property

@@ -48,9 +48,9 @@ SECTIONS = (
         "loss",
         "Loss",
         figures.loss,
-        "Good: both losses fall and flatten together, and validation ends well below the dashed line, the bits per byte "
-        "of a bigram model of the same corpus. A validation curve that turns up while training falls is overfitting; "
-        "one that stays at the floor has learnt letter pairs and no more.",
+        "Good: both losses fall and flatten together, and validation ends well below the dashed line, the bits per "
+        "byte of a bigram model of the same corpus. A validation curve that turns up while training falls is "
+        "overfitting; one that stays at the floor has learnt letter pairs and no more.",
         ("train/loss", "val/loss", "val/bits_per_byte"),
         "The recipe's module logs these; log train/loss from training_step in your own.",
     ),
@@ -68,9 +68,9 @@ SECTIONS = (
         "layer-lr",
         "Learning rate used by each layer",
         figures.layer_lr,
-        "Rows are layers, colour is the rate each was really stepped with: schedule times the layer's own factor. Good: "
-        "columns brighten and darken together with the schedule, rows differ by a small, steady factor; a row that "
-        "flickers follows its noise estimate rather than the noise.",
+        "Rows are layers, colour is the rate each was really stepped with: schedule times the layer's own factor. "
+        "Good: columns brighten and darken together with the schedule, rows differ by a small, steady factor; a row "
+        "that flickers follows its noise estimate rather than the noise.",
         ("layer_lr/*",),
         "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
     ),
@@ -78,9 +78,9 @@ SECTIONS = (
         "noise",
         "Gradient noise by layer",
         figures.noise,
-        "Running estimate of each layer's gradient noise, in the dual norm its optimizer steps by; compare rows within "
-        "one kind of layer only. Good: rows settle after warm-up. Rows that differ by several times within a kind are "
-        "what a per-layer rate can use; equal rows mean it has nothing to gain.",
+        "Running estimate of each layer's gradient noise, in the dual norm its optimizer steps by; compare rows "
+        "within one kind of layer only. Good: rows settle after warm-up. Rows that differ by several times within a "
+        "kind are what a per-layer rate can use; equal rows mean it has nothing to gain.",
         ("noise/*",),
         "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
     ),
@@ -89,8 +89,8 @@ SECTIONS = (
         "Learning-rate factor by layer",
         figures.lr_ratio,
         "What noise makes of the schedule: 1 leaves a layer its full rate, and the quietest layer of each kind has "
-        "exactly 1. Good: between about 0.3 and 1 and slow to change. All at 1 is the plain optimizer; many rows near 0 "
-        "mean most of the model hardly trains.",
+        "exactly 1. Good: between about 0.3 and 1 and slow to change. All at 1 is the plain optimizer; many rows near "
+        "0 mean most of the model hardly trains.",
         ("lr_ratio/*",),
         "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
     ),
@@ -98,10 +98,10 @@ SECTIONS = (
         "sharpness",
         "Sharpness against its threshold",
         figures.sharpness,
-        "The largest eigenvalue of the Hessian, and the curvature above which a step of this optimizer at this learning "
-        "rate overshoots. Good: a ratio that climbs towards 1 and hovers there, the edge of stability, or stays below. "
-        "Well above 1 for many steps, the loss should be spiking: lower the rate or lengthen the warm-up. Far below 1 "
-        "throughout, a higher rate may be free.",
+        "The largest eigenvalue of the Hessian, and the curvature above which a step of this optimizer at this "
+        "learning rate overshoots. Good: a ratio that climbs towards 1 and hovers there, the edge of stability, or "
+        "stays below. Well above 1 for many steps, the loss should be spiking: lower the rate or lengthen the warm- "
+        "up. Far below 1 throughout, a higher rate may be free.",
         ("curvature/sharpness",),
         "Add CurvatureMonitor() to the callbacks.",
     ),
@@ -118,8 +118,8 @@ SECTIONS = (
         "layer-sharpness",
         "Sharpness by layer",
         figures.layer_sharpness,
-        "Largest eigenvalue of each layer's own block of the Hessian. Good: no single row orders of magnitude above all "
-        "others; such a layer sets the learning rate for the whole model.",
+        "Largest eigenvalue of each layer's own block of the Hessian. Good: no single row orders of magnitude above "
+        "all others; such a layer sets the learning rate for the whole model.",
         ("curvature/layer_sharpness/*",),
         optional=True,
     ),
@@ -137,9 +137,9 @@ SECTIONS = (
         "noise-scale",
         "Gradient noise scale",
         figures.noise_scale,
-        "The batch size at which noise and signal of the gradient are equal, close to the critical batch size. Good: a "
-        "batch near or below this line. Batches far above it waste examples; far below, gradients are mostly noise and "
-        "a larger batch saves steps. It usually grows as the loss falls.",
+        "The batch size at which noise and signal of the gradient are equal, close to the critical batch size. Good: "
+        "a batch near or below this line. Batches far above it waste examples; far below, gradients are mostly noise "
+        "and a larger batch saves steps. It usually grows as the loss falls.",
         ("layer/noise_scale",),
         "Add LayerMonitor() to the callbacks; it needs micro-batches (accumulate_grad_batches >= 2) or several ranks.",
     ),
@@ -147,9 +147,9 @@ SECTIONS = (
         "update-ratio",
         "Update size by layer",
         figures.update_ratio,
-        "Each layer's update relative to its weights, one step. Good: near 1e-3 (marked on the scale), say 3e-4 to 3e-3, "
-        "and alike across layers. Above 1e-2 the linear picture of a step is doubtful; below 1e-5 a layer is standing "
-        "still. Layers that start at zero or are normalised sit higher at first.",
+        "Each layer's update relative to its weights, one step. Good: near 1e-3 (marked on the scale), say 3e-4 to "
+        "3e-3, and alike across layers. Above 1e-2 the linear picture of a step is doubtful; below 1e-5 a layer is "
+        "standing still. Layers that start at zero or are normalised sit higher at first.",
         ("layer/update_ratio/*",),
         "Add LayerMonitor() to the callbacks.",
     ),
@@ -166,7 +166,8 @@ SECTIONS = (
         "throughput",
         "Throughput",
         figures.throughput,
-        "Good: flat. Regular dips are measurements, validation or checkpoints; a slope down is a leak or a busy machine.",
+        "Good: flat. Regular dips are measurements, validation or checkpoints; a slope down is a leak, or other work on "
+        "the machine.",
         ("train/tokens_per_s",),
         optional=True,
     ),
@@ -174,8 +175,8 @@ SECTIONS = (
         "time",
         "Time spent by each callback",
         figures.callback_time,
-        "Total over the run and share of wall-clock. Good: a few per cent for all monitors together; raise every_n_steps "
-        "of the longest bar, or lower its budget, where it is more.",
+        "Total over the run and share of wall-clock. Good: a few per cent for all monitors together; raise "
+        "every_n_steps of the longest bar, or lower its budget, where it is more.",
         ("*/time_ms",),
         "Callbacks of evolute record what they cost; none ran.",
     ),

@@ -55,10 +55,10 @@ def label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
         axes.set_title(literal(title), color=INK, fontsize=10, loc="left")
 
 
-def legend(axes: Axes, **where: object) -> None:
+def legend(axes: Axes, columns: int = 1) -> None:
     """Draw a frameless legend if anything is labelled."""
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, **where)  # pyright: ignore[reportArgumentType]
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=columns)
 
 
 def empty(axes: Axes, why: str) -> None:
