@@ -1,1 +1,39 @@
 """Hessian and Gauss-Newton operators, and what is estimated from their products."""
+
+from evolute.geometry.curvature.gauss_newton import GaussNewton
+from evolute.geometry.curvature.hessian import Hessian
+from evolute.geometry.curvature.lanczos import Eigenpairs, top_eigenpairs
+from evolute.geometry.curvature.operator import CurvatureOperator, SymmetricOperator
+from evolute.geometry.curvature.scaled import (
+    GeneralizedSharpness,
+    Preconditioned,
+    generalized_sharpness,
+    preconditioned,
+)
+from evolute.geometry.curvature.thresholds import (
+    adam_threshold,
+    gd_threshold,
+    heavy_ball_threshold,
+    nesterov_threshold,
+)
+from evolute.geometry.curvature.trace import TraceSamples, hutchinson_trace, trace_samples
+
+__all__ = [
+    "CurvatureOperator",
+    "Eigenpairs",
+    "GaussNewton",
+    "GeneralizedSharpness",
+    "Hessian",
+    "Preconditioned",
+    "SymmetricOperator",
+    "TraceSamples",
+    "adam_threshold",
+    "gd_threshold",
+    "generalized_sharpness",
+    "heavy_ball_threshold",
+    "hutchinson_trace",
+    "nesterov_threshold",
+    "preconditioned",
+    "top_eigenpairs",
+    "trace_samples",
+]
