@@ -95,9 +95,8 @@ def _run_folder(trainer: L.Trainer) -> Path:
 
 def _send_figures(run: Run, loggers: list[Logger]) -> None:
     """Send every figure as an image to each logger with ``log_image`` or an experiment with ``add_image``."""
-    takers: list[Any] = [
-        logger for logger in loggers if hasattr(logger, "log_image") or hasattr(logger.experiment, "add_image")
-    ]
+    untyped: list[Any] = list(loggers)
+    takers = [it for it in untyped if hasattr(it, "log_image") or hasattr(it.experiment, "add_image")]
     if not takers:
         return
     for key, figure in draw_figures([run]):

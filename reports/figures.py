@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from evolute.reports import style
 from evolute.reports.heatmaps import layer_heatmap
 from evolute.reports.run import Run
-from evolute.reports.summary import callback_seconds, wall_seconds
+from evolute.reports.summary import callback_seconds, threshold_metric, wall_seconds
 
 STEP = "optimizer step"
 
@@ -83,7 +83,7 @@ def update_ratio(runs: Sequence[Run]) -> Figure:
 
 def snr(runs: Sequence[Run]) -> Figure:
     """Signal to noise ratio of each layer's gradient."""
-    return layer_heatmap(runs, "layer/snr", "signal / noise", cmap="cividis")
+    return layer_heatmap(runs, "layer/snr", "squared signal / squared noise", cmap="cividis")
 
 
 def layer_sharpness(runs: Sequence[Run]) -> Figure:
@@ -95,8 +95,11 @@ def sharpness(runs: Sequence[Run]) -> Figure:
     """Largest Hessian eigenvalue against the optimizer's stability threshold, and their ratio."""
     figure, [[lines, ratios]] = style.new_figure(1, 2, height=3.4)
     for index, run in enumerate(runs):
-        colour, of = style.run_colour(index), _of(run, runs)
-        lines.plot(*run.series("curvature/sharpness"), color=colour, marker=".", markersize=4, label=f"sharpness{of}")
+        colour, of, tested = style.run_colour(index), _of(run, runs), threshold_metric(run)
+        if tested != "curvature/sharpness":
+            lines.plot(*run.series("curvature/sharpness"), color=colour, linewidth=0.8, label=f"sharpness{of}")
+        name = tested.removeprefix("curvature/").replace("_", " ")
+        lines.plot(*run.series(tested), color=colour, marker=".", markersize=4, label=f"{name}{of}")
         limit = style.LIMIT if len(runs) == 1 else colour
         lines.plot(*run.series("curvature/threshold"), color=limit, linestyle="--", label=f"threshold{of}")
         ratios.plot(*run.series("curvature/eos_ratio"), color=colour, marker=".", markersize=4)
@@ -126,25 +129,36 @@ def trace(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def directional(runs: Sequence[Run]) -> Figure:
+    """Curvature along the last update."""
+    return _lines(runs, "curvature/directional", "curvature along the update")
+
+
+def throughput(runs: Sequence[Run]) -> Figure:
+    """Tokens per second."""
+    figure = _lines(runs, "train/tokens_per_s", "tokens per second")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure
+
+
 def step_ratio(runs: Sequence[Run]) -> Figure:
-    """Step size over the radius in which the local model of the loss holds; shortened steps are marked."""
-    figure, [[axes]] = style.new_figure(1, 1, height=3.2)
+    """Step size over the radius in which the local model of the loss holds; clipped steps are marked."""
+    figure, [[axes]] = style.new_figure(1, 1, height=3.4)
     for index, run in enumerate(runs):
         colour, of = style.run_colour(index), _of(run, runs)
         axes.plot(*style.thin(run.series("step/ghost_ratio")), color=colour, linewidth=1, label=f"step ratio{of}")
         tail = style.thin(run.series("step/ghost_ratio_p99"))
-        if tail[0].size:
-            axes.plot(*tail, color=colour, linestyle=":", linewidth=1.2, label=f"99th percentile over tokens{of}")
+        if tail[0].size and len(runs) == 1:  # several runs: one line each is all that stays legible
+            axes.plot(*tail, color=style.COLOURS[5], linewidth=0.9, label="99th percentile of the loss terms")
         steps, scale = run.series("step/clip_scale")
         at = steps[scale < 1]
         if at.size:
-            top = np.full(at.size, 0.97)
-            where = axes.get_xaxis_transform()
-            axes.plot(at, top, "v", color=colour, markersize=5, transform=where, label=f"{at.size} steps shortened{of}")
+            top, where = np.full(at.size, 0.97), axes.get_xaxis_transform()
+            axes.plot(at, top, "v", color=colour, markersize=5, transform=where, label=f"clipped steps: {at.size}{of}")
     _log_if_positive(axes)
-    _limit(axes, 1.0, "radius of the local model")
+    _limit(axes, 1.0, "ghost radius")
     style.label(axes, STEP, "step / ghost radius")
-    style.legend(axes, columns=2)
+    style.legend(axes, columns=4, above=True)
     return figure
 
 
@@ -153,23 +167,13 @@ def noise_scale(runs: Sequence[Run]) -> Figure:
     figure, [[axes]] = style.new_figure(1, 1, height=2.8)
     for index, run in enumerate(runs):
         steps, values = run.series("layer/noise_scale")
-        colour, positive = style.run_colour(index), values > 0
-        axes.plot(steps[positive], values[positive], color=colour, marker=".", markersize=3, alpha=0.35, linewidth=0)
-        axes.plot(steps[positive], style.smooth(values[positive]), color=colour, label=_of(run, runs, bare=True))
+        colour, positive = style.run_colour(index), values > 0  # an estimate below zero found no signal at all
+        steps, values = steps[positive], values[positive]
+        axes.plot(*style.thin((steps, values)), ".", color=colour, markersize=4, alpha=0.45)
+        smoothed = style.thin((steps, style.smooth(values, windows=8)))
+        axes.plot(*smoothed, color=colour, label=_of(run, runs, bare=True))
     _log_if_positive(axes)
-    style.label(axes, STEP, "gradient noise scale (examples)")
-    style.legend(axes)
-    return figure
-
-
-def throughput(runs: Sequence[Run]) -> Figure:
-    """Tokens per second."""
-    figure, [[axes]] = style.new_figure(1, 1, height=2.4)
-    for index, run in enumerate(runs):
-        series = style.thin(run.series("train/tokens_per_s"))
-        axes.plot(*series, color=style.run_colour(index), linewidth=1, label=_of(run, runs, bare=True))
-    style.label(axes, STEP, "tokens per second")
-    axes.set_ylim(bottom=0)
+    style.label(axes, STEP, "gradient noise scale (samples)")
     style.legend(axes)
     return figure
 
@@ -193,6 +197,16 @@ def callback_time(runs: Sequence[Run]) -> Figure:
     axes.margins(x=0.14)
     axes.grid(False, axis="y")
     style.label(axes, "seconds over the run (share of wall-clock)")
+    style.legend(axes)
+    return figure
+
+
+def _lines(runs: Sequence[Run], metric: str, unit: str) -> Figure:
+    figure, [[axes]] = style.new_figure(1, 1, height=2.4)
+    for index, run in enumerate(runs):
+        series = style.thin(run.series(metric))
+        axes.plot(*series, color=style.run_colour(index), linewidth=1, label=_of(run, runs, bare=True))
+    style.label(axes, STEP, unit)
     style.legend(axes)
     return figure
 
@@ -224,6 +238,7 @@ def _log_if_positive(axes: Axes) -> None:
     values = np.concatenate(drawn) if drawn else np.empty(0)
     if values.size and (values > 0).all():
         axes.set_yscale("log")
+        style.log_labels(axes.yaxis)
     elif (values > 0).any():
         positive = values[values > 0]
         axes.set_yscale("symlog", linthresh=float(np.quantile(positive, 0.1)))

@@ -87,6 +87,8 @@ def _colour_bar(
 ) -> None:
     bar = figure.colorbar(ScalarMappable(norm, colours), ax=panels, pad=0.015, fraction=0.03, aspect=30)
     bar.set_label(unit, color=style.INK, fontsize=9)
+    if isinstance(norm, LogNorm):
+        style.log_labels(bar.ax.yaxis)
     bar.ax.tick_params(which="both", colors=style.MUTED, labelsize=8)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     if mark is not None and norm.vmin is not None and norm.vmax is not None and norm.vmin < mark < norm.vmax:

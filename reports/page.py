@@ -63,8 +63,9 @@ def draw_figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
 def render(runs: Sequence[Run]) -> str:
     """Return the page as text."""
     shown = [section for section in SECTIONS if section.found(runs) or not section.optional]
-    blocks = [(section.key, section.title, _figure(section, runs)) for section in shown]
-    blocks += [block for block in (_samples(runs), _differences(runs), _config(runs), _environment(runs)) if block[2]]
+    figures = [(section.key, section.title, _figure(section, runs)) for section in shown]
+    texts = [_samples(runs), _config(runs), _environment(runs)]
+    blocks = [block for block in [_differences(runs), *figures, *texts] if block[2]]
     links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in blocks)
     names = " · ".join(run.name for run in runs)
     header = (
@@ -138,7 +139,7 @@ def _samples(runs: Sequence[Run]) -> tuple[str, str, str]:
     if body:
         body = (
             html.paragraph(
-                "Prompt in grey, continuation in black. Good: later steps close brackets, repeat "
+                "Each prompt in grey, then its continuation. Good: later steps close brackets, repeat "
                 "less and look more like the corpus than earlier ones."
             )
             + body
@@ -175,6 +176,6 @@ def _environment(runs: Sequence[Run]) -> tuple[str, str, str]:
     flats = [html.flatten(run.environment) for run in runs]
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     rows = [[key, *(flat.get(key, "–") for flat in flats)] for key in keys]
-    header = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", "value"]
+    header = ["item", *(run.name for run in runs)] if len(runs) > 1 else ["item", "value"]
     body = html.table("Versions, machine and data of the run", header, rows) if rows else ""
     return "environment", "Environment", body or html.paragraph("The run folder holds no environment.json.", "reason")

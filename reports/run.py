@@ -17,6 +17,7 @@ Array = NDArray[np.float64]
 Series = tuple[NDArray[np.int64], Array]
 
 _NOT_METRICS = ("step", "epoch")
+NOT_LAYERS = ("time_ms", "nonfinite")  # recorded under the prefix of a callback beside its layers
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Run:
     def layers(self, prefix: str) -> dict[str, Series]:
         """Return the finite series of every metric called ``prefix/<layer>``, by layer, in the order of the model."""
         head = prefix.rstrip("/") + "/"
-        # time_ms is what the callback cost, not a layer of that name.
-        names = [n for n in self.metrics if n.startswith(head) and n != f"{head}time_ms" and self.has(n)]
-        return {name.removeprefix(head): self.series(name) for name in names}
+        names = [name.removeprefix(head) for name in self.metrics if name.startswith(head) and self.has(name)]
+        return {name: self.series(head + name) for name in names if name not in NOT_LAYERS}
 
     @property
     def bigram_floor(self) -> float | None:
@@ -121,12 +121,14 @@ def load_runs(runs: Sequence[Run | Path | str]) -> list[Run]:
 
 
 def nonfinite(run: Run) -> dict[str, tuple[int, int]]:
-    """Return metric -> (count of NaN and infinite values, step of the first one), for metrics that have any."""
+    """Return metric or callback -> (count of NaN and infinite values, step of the first), where there are any."""
     found: dict[str, tuple[int, int]] = {}
     for name, (steps, values) in run.metrics.items():
         bad = steps[~np.isfinite(values)]
         if bad.size:
             found[name] = (int(bad.size), int(bad[0]))
+        elif name.endswith("/nonfinite"):  # a callback's own count of measurements it threw away
+            found[name.removesuffix("/nonfinite")] = (int(values.sum()), int(steps[0]))
     return found
 
 

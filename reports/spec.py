@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from matplotlib.figure import Figure
 
 from evolute.reports import figures
-from evolute.reports.run import Run
+from evolute.reports.run import NOT_LAYERS, Run
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,11 @@ class Section:
 
     def found(self, runs: Sequence[Run]) -> bool:
         """Say whether some run recorded what the figure needs."""
+        names = {name for run in runs for name in run.metrics if run.has(name)}
         return any(
-            run.has(name) for run in runs for name in run.metrics if any(fnmatchcase(name, need) for need in self.needs)
+            fnmatchcase(name, need) and not (need.endswith("/*") and name.rsplit("/", 1)[-1] in NOT_LAYERS)
+            for name in names
+            for need in self.needs
         )
 
     def reason(self) -> str:
@@ -79,8 +82,9 @@ SECTIONS = (
         "Gradient noise by layer",
         figures.noise,
         "Running estimate of each layer's gradient noise, in the dual norm its optimizer steps by; compare rows "
-        "within one kind of layer only. Good: rows settle after warm-up. Rows that differ by several times within a "
-        "kind are what a per-layer rate can use; equal rows mean it has nothing to gain.",
+        "within one kind of layer only (hidden matrices, embedding and head, vectors). Good: rows settle after warm- "
+        "up. Rows that differ by several times within a kind are what a per-layer rate can use; equal rows leave it "
+        "nothing to gain.",
         ("noise/*",),
         "Add NoiseAdaptiveLR() to the callbacks; dry_run=True records it and changes nothing.",
     ),
@@ -115,6 +119,15 @@ SECTIONS = (
         optional=True,
     ),
     Section(
+        "directional",
+        "Curvature along the update",
+        figures.directional,
+        "Second derivative of the loss along the last update, scaled to length one. Good: positive and well below the "
+        "sharpness; near it, steps run along the steepest wall of the valley.",
+        ("curvature/directional",),
+        optional=True,
+    ),
+    Section(
         "layer-sharpness",
         "Sharpness by layer",
         figures.layer_sharpness,
@@ -127,9 +140,10 @@ SECTIONS = (
         "step-ratio",
         "Step against the radius of the local model",
         figures.step_ratio,
-        "Length of each step over the ghost radius, inside which the local expansion of the loss along the step "
-        "converges. Good: below 1, often far below, with rare peaks. Above 1 the step leaves the region its gradient "
-        "describes; many such steps together precede loss spikes. Triangles mark steps that were shortened.",
+        "Length of each step over its ghost radius, the distance out to which the Taylor series of the loss along the "
+        "step is sure to converge. Good: well below 1 most of the time. Below 1 the step is safe; a little above it "
+        "may still be; single steps above about 10 do damage. Triangles mark steps that clipping shortened, or would "
+        "have in a dry run.",
         ("step/ghost_ratio",),
         "Add StepRadius() to the callbacks.",
     ),
@@ -137,11 +151,11 @@ SECTIONS = (
         "noise-scale",
         "Gradient noise scale",
         figures.noise_scale,
-        "The batch size at which noise and signal of the gradient are equal, close to the critical batch size. Good: "
-        "a batch near or below this line. Batches far above it waste examples; far below, gradients are mostly noise "
-        "and a larger batch saves steps. It usually grows as the loss falls.",
+        "The batch size at which noise and signal of the gradient are equal, an estimate of the critical batch size: "
+        "points as measured, line smoothed. Good: a batch at or below the line. Batches far above it waste samples; "
+        "far below, a larger batch saves steps. It usually grows as the loss falls.",
         ("layer/noise_scale",),
-        "Add LayerMonitor() to the callbacks; it needs micro-batches (accumulate_grad_batches >= 2) or several ranks.",
+        "Add LayerMonitor() to the callbacks.",
     ),
     Section(
         "update-ratio",
@@ -157,8 +171,8 @@ SECTIONS = (
         "snr",
         "Gradient signal to noise by layer",
         figures.snr,
-        "How much of each layer's gradient repeats from one batch to the next. Good: high early and falling as the "
-        "easy part of the data is learnt; a row near 0 from the start learns from noise.",
+        "Squared signal over squared noise of each layer's gradient. Good: around or above 1 early, falling as the "
+        "easy part of the data is learnt. Below 1 a step is mostly noise; grey cells found no signal.",
         ("layer/snr/*",),
         optional=True,
     ),
@@ -166,8 +180,8 @@ SECTIONS = (
         "throughput",
         "Throughput",
         figures.throughput,
-        "Good: flat. Regular dips are measurements, validation or checkpoints; a slope down is a leak, or other work on "
-        "the machine.",
+        "Good: flat. Regular dips are measurements, validation or checkpoints; a slope down is a leak, or other work "
+        "on the machine.",
         ("train/tokens_per_s",),
         optional=True,
     ),

@@ -5,8 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from evolute.reports.run import Array, Series
 
@@ -55,10 +58,28 @@ def label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
         axes.set_title(literal(title), color=INK, fontsize=10, loc="left")
 
 
-def legend(axes: Axes, columns: int = 1) -> None:
-    """Draw a frameless legend if anything is labelled."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=columns)
+class PlainLog(LogFormatter):
+    """Tick labels of a logarithmic axis as a person writes them: 0.001, 50, 1e-6. Within a decade, minor ones too."""
+
+    @override
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}".replace("e-0", "e-").replace("e+0", "e") if super().__call__(x, pos) else ""
+
+
+def log_labels(axis: Axis) -> None:
+    """Give a logarithmic axis plain labels."""
+    axis.set_major_formatter(PlainLog())
+    axis.set_minor_formatter(PlainLog(minor_thresholds=(1.2, 0.5)))
+
+
+def legend(axes: Axes, columns: int = 1, above: bool = False) -> None:
+    """Draw a frameless legend if anything is labelled: where there is room, or above the axes."""
+    if not any(axes.get_legend_handles_labels()[1]):
+        return
+    drawn = axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, ncols=columns)
+    if above:
+        drawn.set_loc("lower right")
+        drawn.set_bbox_to_anchor((1.0, 1.0), transform=axes.transAxes)
 
 
 def empty(axes: Axes, why: str) -> None:
@@ -105,9 +126,9 @@ def natural(names: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
 
 
-def smooth(values: Array) -> Array:
-    """Return a centred moving average over about a thirtieth of the values; shorter windows at both ends."""
-    half = min(values.size // 60, (values.size - 1) // 2)
+def smooth(values: Array, windows: int = 30) -> Array:
+    """Return a centred moving average over a ``windows``-th of the values; narrower towards both ends."""
+    half = values.size // (2 * windows)
     if half < 1:
         return values
     total = np.concatenate([[0.0], np.cumsum(values)])

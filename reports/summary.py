@@ -33,15 +33,30 @@ def wall_seconds(run: Run) -> float | None:
     return float(values @ np.diff(steps, prepend=steps[0] - first)) / 1000
 
 
+def threshold_metric(run: Run) -> str:
+    """Return the name of the sharpness that the threshold is for.
+
+    An optimizer that preconditions, or steps by a norm of its own, is stable up to a threshold on the preconditioned or
+    the generalized sharpness. Of what was recorded, it is the one that explains the recorded ratio.
+    """
+    kinds = ("sharpness", "preconditioned_sharpness", "generalized_sharpness")
+    names = [name for kind in kinds if run.has(name := f"curvature/{kind}")]
+    limit, ratio = run.last("curvature/threshold"), run.last("curvature/eos_ratio")
+    if not names or not limit or ratio is None:
+        return "curvature/sharpness"
+    return min(names, key=lambda name: abs((run.last(name) or 0.0) / limit - ratio))
+
+
 def summary(run: Run) -> dict[str, float | None]:
     """Return the numbers that matter; None where the run did not record what a number needs.
 
     Keys: ``val_bits_per_byte`` (last), ``bigram_floor_bits_per_byte``, ``below_floor`` (fraction of the floor, positive
-    when below it); ``sharpness``, ``threshold`` and ``eos_ratio`` (last); ``max_step_ratio`` and ``max_step_ratio_at``
-    (its step); ``tokens_per_s`` (median); ``callback_seconds``, ``wall_seconds`` and ``callback_share``.
+    when below it); ``sharpness`` (the kind its threshold is for), ``threshold`` and ``eos_ratio`` (last);
+    ``max_step_ratio`` and ``max_step_ratio_at`` (its step); ``tokens_per_s`` (median); ``callback_seconds``,
+    ``wall_seconds`` and ``callback_share``.
     """
     bits, floor = run.last("val/bits_per_byte"), run.bigram_floor
-    sharpness, threshold = run.last("curvature/sharpness"), run.last("curvature/threshold")
+    sharpness, threshold = run.last(threshold_metric(run)), run.last("curvature/threshold")
     ratio_steps, ratios = run.series("step/ghost_ratio")
     speed = run.series("train/tokens_per_s")[1]
     spent, wall = callback_seconds(run), wall_seconds(run)
@@ -77,7 +92,9 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     if limit is None:
         limit_note = "threshold not recorded"
     else:
-        limit_note = f"threshold {limit:.3g}" + (f", ratio {eos:.2f} (edge of stability at 1)" if eos else "")
+        limit_note = f"threshold {_three_digits(limit)}" + (
+            f", ratio {eos:.2f} (edge of stability at 1)" if eos else ""
+        )
     ratio, at = s["max_step_ratio"], s["max_step_ratio_at"]
     speed, share, spent = s["tokens_per_s"], s["callback_share"], s["callback_seconds"]
     if spent is None:
@@ -88,7 +105,11 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         spent_note = f"{spent:.1f} s of {s['wall_seconds']:.0f} s"
     return [
         ("Validation, bits per byte", _show(bits, ".3f"), floor_note if bits is not None else "not recorded"),
-        ("Last sharpness", _show(sharp, ".3g"), limit_note if sharp is not None else "needs CurvatureMonitor"),
+        (
+            "Last sharpness",
+            "–" if sharp is None else _three_digits(sharp),
+            limit_note if sharp is not None else "needs CurvatureMonitor",
+        ),
         ("Largest step ratio", _show(ratio, ".2f"), f"at step {at:.0f}" if at is not None else "needs StepRadius"),
         ("Tokens per second", _show(speed, ",.0f"), "median" if speed is not None else "not recorded"),
         ("Time in callbacks", _show(share, ".1%"), spent_note),
@@ -115,3 +136,8 @@ def print_summary(run: Run, report: Path | None = None, console: Console | None 
 
 def _show(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
+
+
+def _three_digits(value: float) -> str:
+    """Return three significant digits, without an exponent where a person would not write one."""
+    return f"{float(f'{value:.3g}'):,.6g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"

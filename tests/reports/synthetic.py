@@ -35,7 +35,7 @@ def write_run(
     (folder / "config.yaml").write_text(
         f"# lightning.pytorch==2.6.6\nseed_everything: {seed}\ntrainer:\n  max_steps: {steps}\n  callbacks:\n"
         "  - class_path: evolute.callbacks.CurvatureMonitor\n    init_args:\n      every_n_steps: 20\n"
-        f"model:\n  lr: {0.01 * speed}\n"
+        f"model:\n  lr: {0.01 * speed:g}\n"
     )
     environment = {
         "bigram_floor_bits_per_byte": 3.412,
