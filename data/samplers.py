@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
@@ -28,7 +28,8 @@ class ResumableSampler(DistributedSampler[int]):
     """
 
     def __init__(self, size: int, seed: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(size), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
+        # Only its length is asked for.
+        super().__init__(cast(Dataset[int], range(size)), num_replicas, rank, shuffle=True, seed=seed, drop_last=True)
         self.size = size
         self.start = 0
 

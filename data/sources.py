@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 from evolute.data.tokenizers import one_line
 
 # Modules and packages that CPython 3.11, 3.12 and 3.13 all have. Left out: tests, and what is tables rather than
-# prose or code (encodings, pydoc_data). A new Python release changes files, hence the corpus hash, not this list.
+# prose or code (encodings, pydoc_data), and what Linux distributions package apart (tkinter, idlelib, venv, ...).
 STDLIB_MODULES: tuple[str, ...] = tuple(
     """
-    __future__ _collections_abc _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc argparse
-    ast asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys compileall concurrent
-    configparser contextlib contextvars copy copyreg csv ctypes curses dataclasses datetime dbm decimal difflib dis doctest
-    email ensurepip enum filecmp fileinput fnmatch fractions ftplib functools genericpath getopt getpass gettext glob
-    graphlib gzip hashlib heapq hmac html http idlelib imaplib importlib inspect io ipaddress json keyword linecache
-    locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc ntpath numbers opcode operator optparse os
-    pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr
-    pydoc queue quopri random re reprlib rlcompleter runpy sched secrets selectors shelve shlex shutil signal site smtplib
-    socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sysconfig tabnanny
-    tarfile tempfile textwrap threading timeit tkinter token tokenize tomllib trace traceback tracemalloc tty turtle
-    turtledemo types typing unittest urllib uuid venv warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile
-    zipimport zoneinfo
-    """.split()
+    __future__ _collections_abc _markupbase _py_abc _pydecimal _pyio _strptime _threading_local _weakrefset abc
+    argparse ast asyncio base64 bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys
+    compileall concurrent configparser contextlib contextvars copy copyreg csv ctypes curses dataclasses
+    datetime dbm decimal difflib dis doctest email enum filecmp fileinput fnmatch fractions ftplib functools
+    genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html http imaplib importlib inspect
+    io ipaddress json keyword linecache locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc
+    ntpath numbers opcode operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib
+    posixpath pprint profile pstats pty py_compile pyclbr pydoc queue quopri random re reprlib rlcompleter runpy
+    sched secrets selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat
+    statistics string stringprep struct subprocess symtable sysconfig tabnanny tarfile tempfile textwrap
+    threading timeit token tokenize tomllib trace traceback tracemalloc tty types typing unittest urllib uuid
+    warnings wave weakref webbrowser wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
+    """.split()  # noqa: SIM905 - a name a line would be two pages
 )
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "__pycache__"})
 TEXT_SUFFIXES = (".txt", ".py", ".md", ".jsonl", ".parquet")

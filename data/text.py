@@ -95,7 +95,7 @@ class TextDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.max_bytes = max_bytes
         self.sha256 = sha256
-        self._columns = {"text_column": text_column, "subset": subset, "split": split}
+        self._columns: dict[str, Any] = {"text_column": text_column, "subset": subset, "split": split}
         self.corpus_sha256 = ""
         self.val_texts: list[str] = []
         self.val_bytes_per_token = math.nan
@@ -223,8 +223,7 @@ class TextDataModule(L.LightningDataModule):
 
         The count is the trainer's own, of batches whose optimisation finished: workers fetch ahead of it.
         """
-        batches = 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"batches": batches, **self._identity()}
+        return {"batches": 0 if self.trainer is None else _progress(self.trainer).total.processed, **self._identity()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -262,7 +261,7 @@ class TextDataModule(L.LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.state.status != TrainerStatus.RUNNING or not trainer.training:
             return 0, 0
-        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress = _progress(trainer)
         per_epoch = int(trainer.num_training_batches)
         if progress.current.ready >= per_epoch:
             return None
@@ -285,6 +284,11 @@ class TextDataModule(L.LightningDataModule):
             "generator": Generator().manual_seed(self.seed),
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
+
+
+def _progress(trainer: L.Trainer) -> Any:
+    """Return Lightning's counters of training batches, ``.current`` of the epoch and ``.total``."""
+    return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

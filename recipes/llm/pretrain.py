@@ -162,11 +162,15 @@ class Pretrain(L.LightningModule):
         self._window_losses.append(loss.detach())
         self.log("train/loss", loss.detach(), prog_bar=True)
         self._tokens += targets.numel()
-        if (batch_idx + 1) % self.trainer.log_every_n_steps == 0:
+        trainer: Any = self.trainer
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0 and self._ends_window(batch_idx):
             now = time.perf_counter()
-            self.log("train/tokens_per_s", self._tokens * self.trainer.world_size / max(now - self._since, 1e-9))
+            self.log("train/tokens_per_s", self._tokens * trainer.world_size / max(now - self._since, 1e-9))
             self._tokens, self._since = 0, now
         return loss
+
+    def _ends_window(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
 
     @override
     def on_train_start(self) -> None:
