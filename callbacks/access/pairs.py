@@ -1,0 +1,115 @@
+"""Two estimates of one gradient, from what a run computes anyway: what every noise estimate needs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from evolute.callbacks.access.backend import Backend, named_parameters
+
+PairSource = Literal["consecutive", "split"]
+
+
+@dataclass
+class GradientPair:
+    """Two gradients of the same loss from independent data.
+
+    Attributes:
+        first, second: gradients by parameter name, each a mean over ``share`` of the samples of a step.
+        share: samples behind each, as a fraction of the samples of an optimizer step.
+        to_step: factor that turns ``first - second`` into a tensor with the covariance of the step's own gradient
+            (consecutive gradients keep the paper's convention instead: factor 1, twice that covariance).
+    """
+
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    share: float
+    to_step: float
+
+
+class GradientPairs:
+    """Collect gradient pairs at the steps that ``wanted`` asks for.
+
+    ``consecutive``: the gradients of two steps in a row (LANTON's practical option, arXiv 2510.14009). It needs one copy
+    of the gradient from the step before a measurement to the measurement, and the drift of the true gradient between
+    the steps counts as noise. ``split``: the two halves of the micro-batches of one step, at the same weights, without
+    drift; it needs ``accumulate_grad_batches >= 2`` and one copy of the gradient from half-way to the step.
+
+    Call :meth:`after_backward` in ``on_after_backward`` and :meth:`pair` once in ``on_before_optimizer_step``.
+    """
+
+    def __init__(self, source: PairSource, wanted: Callable[[int], bool]) -> None:
+        self.source = source
+        self._wanted = wanted
+        self._held: dict[str, Tensor] = {}
+        self._micro_batches = 0
+
+    def refuse(self, trainer: L.Trainer, who: str) -> None:
+        """Refuse what this source cannot work with.
+
+        Raises:
+            MisconfigurationException: if halves are asked for and a step is one micro-batch.
+        """
+        if self.source == "split" and trainer.accumulate_grad_batches < 2:
+            raise MisconfigurationException(
+                f'{who}(estimator="split") compares the halves of a step, and accumulate_grad_batches is '
+                f'{trainer.accumulate_grad_batches}: set it to 2 or more, or use estimator="consecutive"'
+            )
+
+    def after_backward(self, trainer: L.Trainer, module: L.LightningModule, backend: Backend, step: int) -> None:
+        """Note a micro-batch; half-way through a wanted step, keep a copy of the gradient so far."""
+        if self.source != "split":
+            return
+        self._micro_batches += 1
+        if self._micro_batches == trainer.accumulate_grad_batches // 2 and self._wanted(step):
+            self._held = {n: _reduced(trainer, g.clone()) for n, g in backend.gradients(named_parameters(module)).items()}
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler is not None:
+                torch._foreach_div_(list(self._held.values()), scaler.get_scale())
+
+    def pair(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
+        """Return the pair of step ``step``, or None if it is not wanted or the other gradient is missing."""
+        if self.source == "split":
+            return self._halves(trainer, gradients, step)
+        earlier, self._held = self._held, {}
+        if self._wanted(step + 1):
+            self._held = {name: g.clone() for name, g in gradients.items()}
+        if not self._wanted(step) or not earlier:
+            return None
+        both = [name for name in gradients if name in earlier]
+        return GradientPair({n: earlier[n] for n in both}, {n: gradients[n] for n in both}, share=1.0, to_step=1.0)
+
+    def _halves(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
+        parts, self._micro_batches = self._micro_batches, 0
+        half, self._held = self._held, {}
+        planned = trainer.accumulate_grad_batches
+        first_parts, second_parts = planned // 2, parts - planned // 2
+        if not half or not self._wanted(step) or second_parts < 1:  # a short last step of an epoch has no second half
+            return None
+        # Lightning divides every micro-batch's loss by the planned number of them.
+        first = {n: g * (planned / first_parts) for n, g in half.items() if n in gradients}
+        second = {n: (gradients[n] - half[n]) * (planned / second_parts) for n in first}
+        return GradientPair(
+            first, second, share=0.5 * parts / planned, to_step=(first_parts * second_parts) ** 0.5 / parts
+        )
+
+    def drop(self) -> None:
+        """Forget the gradient held: it was not finite, or the run was interrupted inside a step."""
+        self._held = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the gradient held between two steps, so that a resumed run measures what an uninterrupted one would."""
+        return {"held": self._held if self.source == "consecutive" else {}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the gradient held when the checkpoint was made."""
+        self._held = dict(state["held"])
+
+
+def _reduced(trainer: L.Trainer, gradient: Tensor) -> Tensor:
+    """Average over ranks what DDP has not yet: it reduces only at the last micro-batch."""
+    return trainer.strategy.reduce(gradient, reduce_op="mean") if trainer.world_size > 1 else gradient  # type: ignore[return-value]

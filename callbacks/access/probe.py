@@ -1,0 +1,200 @@
+"""Evaluate the loss of the live module on a captured batch, as often as a probe needs, without a trace."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.utils import stateless
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from evolute.callbacks.access.backend import named_parameters
+from evolute.callbacks.access.untouched import muted, untouched
+from evolute.callbacks.protocols import ProbeLoss
+
+
+def take_samples(batch: Any, samples: int | None) -> Any:
+    """Return a detached copy of the first ``samples`` of a batch, whatever its nesting of tensors.
+
+    A leaf is cut along its first dimension if that has the size of the first tensor's; other leaves are kept whole.
+    ``None`` keeps every sample.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    size = tensors[0].shape[0] if tensors and tensors[0].ndim else None
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if samples is not None and size is not None and leaf.ndim and leaf.shape[0] == size:
+            leaf = leaf[:samples]
+        return leaf.detach().clone()
+
+    return pytree.tree_map(take, batch)
+
+
+class RecordLogits(TorchFunctionMode):
+    """Record what goes into ``cross_entropy`` and ``binary_cross_entropy_with_logits`` while it is active.
+
+    Attributes:
+        rows: one tensor [n, K] a call: the logits of the terms that count (``ignore_index`` left out). A binary loss gives
+            [n, 2] with a zero column: each logit is a two-class problem of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Let the call through, after noting its logits."""
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            self.rows.append(_cross_entropy_rows(*args, **kwargs))
+        elif func is F.binary_cross_entropy_with_logits:
+            z = (args[0] if args else kwargs["input"]).reshape(-1, 1)
+            self.rows.append(torch.cat([torch.zeros_like(z), z], dim=1))
+        return func(*args, **kwargs)
+
+
+def _cross_entropy_rows(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    classes = 0 if input.ndim == 1 else 1
+    rows = input.movedim(classes, -1).reshape(-1, input.shape[classes])
+    if target.is_floating_point():  # class probabilities: every row counts
+        return rows
+    ignore = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
+    return rows[target.reshape(-1) != ignore]
+
+
+class Probe:
+    """The loss of a module on one batch, as a closure, and the logits behind it.
+
+    Use inside :func:`probing`. The module is in eval mode there, so dropout and batch statistics do not make the loss
+    random, and it runs uncompiled, in full precision (mixed precision is off; half-precision weights are widened).
+
+    Attributes:
+        params: the parameters of the loss by name; float32 copies of half-precision ones.
+    """
+
+    def __init__(self, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._module = module
+        self._batch = batch
+        self._batch_idx = batch_idx
+        live = named_parameters(module)
+        self._widened = any(p.dtype in (torch.bfloat16, torch.float16) for p in live.values())
+        if self._widened:
+            self._batch = pytree.tree_map(_widen, batch)
+            self.params: dict[str, Tensor] = {n: _widen(p.detach()).requires_grad_() for n, p in live.items()}
+        else:
+            self.params = dict(live)
+
+    def loss(self) -> Tensor:
+        """Return the loss at ``params``, with a graph."""
+        result = self._run()
+        return result[0] if isinstance(result, tuple) else result
+
+    def logits(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the logits [n, K] that the loss is taken of, at ``params`` (default: this probe's own).
+
+        Raises:
+            MisconfigurationException: if the loss goes through no torch cross-entropy and ``loss_on`` returns no logits.
+        """
+        with RecordLogits() as recorder:
+            result = self._run(params)
+        if isinstance(result, tuple) and len(result) == 3:
+            rows, targets = result[1].reshape(-1, result[1].shape[-1]), result[2]
+            return rows if targets.is_floating_point() else rows[targets.reshape(-1) != -100]
+        kinds = {rows.shape[1] for rows in recorder.rows}
+        if len(kinds) == 1:
+            return torch.cat(recorder.rows)
+        found = "no torch cross-entropy call" if not kinds else f"cross-entropy calls over different class counts {sorted(kinds)}"
+        raise MisconfigurationException(
+            f"{type(self._module).__name__}: {found} found in its loss, so the logits are unknown. Add to the module\n"
+            "    def loss_on(self, batch):\n"
+            "        logits, targets = ...\n"
+            "        return torch.nn.functional.cross_entropy(logits, targets), logits, targets"
+        )
+
+    def _run(self, params: Mapping[str, Tensor] | None = None) -> Any:
+        module = self._module
+        swap = params if params is not None else (self.params if self._widened else None)
+        with ExitStack() as stack:
+            if swap is not None:
+                full = {_compiled_name(module, name): p for name, p in swap.items()}
+                stack.enter_context(stateless._reparametrize_module(module, full, tie_weights=True))
+            if isinstance(module, ProbeLoss):
+                return module.loss_on(self._batch)
+            return _loss_of_step(module, self._batch, self._batch_idx)
+
+
+def _compiled_name(module: torch.nn.Module, name: str) -> str:
+    """Return the module's own name of a parameter whose ``_orig_mod.`` was dropped."""
+    for full, _ in module.named_parameters():
+        if full == name or full.replace("_orig_mod.", "") == name:
+            return full
+    raise KeyError(name)
+
+
+def _widen(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+
+
+def _loss_of_step(module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
+    # torch.compile over a whole LightningModule replaces training_step; the original is kept here.
+    compiled: Mapping[str, Any] = getattr(module, "_compiler_ctx", None) or {}
+    step = cast("Callable[..., Any]", compiled.get("original_training_step", module.training_step))
+    takes_index = "batch_idx" in inspect.signature(step).parameters
+    kwargs: dict[str, Any] = {"batch_idx": batch_idx} if takes_index else {}
+    output = step(batch, **kwargs)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss: define loss_on(batch) for probes"
+        )
+    return loss
+
+
+@contextmanager
+def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Iterator[Probe]:
+    """Open a :class:`Probe` on ``batch``; on leaving, module, generators and gradients are as they were."""
+    with ExitStack() as stack:
+        stack.enter_context(untouched(module))
+        stack.enter_context(muted(module))
+        if not isinstance(trainer.precision_plugin, MixedPrecision):
+            stack.enter_context(_full_precision_default(trainer))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and importing it is slow
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        module.eval()  # the flags come back with the other attributes
+        yield Probe(module, batch, batch_idx)
+
+
+@contextmanager
+def _full_precision_default(trainer: L.Trainer) -> Iterator[None]:
+    """Keep ``64-true`` runs in double; half-precision runs are widened to float32, the default."""
+    double = getattr(trainer.precision_plugin, "precision", "") == "64-true"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def refuse_manual_without_loss(module: L.LightningModule, who: str) -> None:
+    """Refuse a module under manual optimisation that has no ``loss_on``: its ``training_step`` would step the optimizer.
+
+    Raises:
+        MisconfigurationException: with the lines to add.
+    """
+    if not module.automatic_optimization and not isinstance(module, ProbeLoss):
+        raise MisconfigurationException(
+            f"{who} re-evaluates the loss, and {type(module).__name__} optimises manually, so its training_step cannot be "
+            "called again. Add a method loss_on(self, batch) that returns the loss to watch"
+        )

@@ -1,0 +1,110 @@
+"""Run a module without leaving a trace of having run it."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# What nn.Module, LightningModule and the hooks machinery keep in __dict__: structure, not state that a step changes.
+_STRUCTURE = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "_example_input_array", "_non_persistent_buffers_set"}
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Restore, on the way out, everything about ``module`` and the random generators that a forward pass may change.
+
+    That is: buffers (batch-norm statistics), train/eval flags, plain attributes of every submodule, with the contents of
+    lists, dicts, sets and tensors among them (torchmetrics states, a list that the step appends to), ``.grad``, and the
+    Python, NumPy, torch and CUDA random states. Identity is kept too: the same list object, the same tensor, at any
+    depth. Parameters are not copied: nothing here may change them. Files, sockets and the insides of foreign objects
+    cannot be restored; a module with such effects defines ``loss_on``.
+    """
+    attributes = [(m.__dict__, {k: _snapshot(v) for k, v in m.__dict__.items() if k not in _STRUCTURE}) for m in module.modules()]
+    buffers = [(m._buffers, {k: _snapshot(b) for k, b in m._buffers.items()}) for m in module.modules()]
+    grads = [(p, p.grad) for p in module.parameters()]
+    python, numpy = random.getstate(), np.random.get_state()
+    cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            for owner, restores in [*attributes, *buffers]:
+                for name in set(owner) - set(restores) - _STRUCTURE:
+                    del owner[name]
+                owner.update({name: restore() for name, restore in restores.items()})
+            for p, grad in grads:
+                p.grad = grad
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _snapshot(value: Any) -> Callable[[], Any]:
+    """Return a function that gives ``value`` back, the same object, with the contents it has now."""
+    if isinstance(value, Tensor) and not value.requires_grad:
+        contents = value.detach().clone()
+
+        def tensor() -> Any:
+            if value.shape != contents.shape or not torch.equal(value, contents):
+                with torch.no_grad():
+                    value.set_(contents) if value.shape != contents.shape else value.copy_(contents)
+            return value
+
+        return tensor
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+        items = {k: _snapshot(v) for k, v in value.items()}
+
+        def mapping() -> Any:
+            value.clear()
+            value.update({k: restore() for k, restore in items.items()})
+            return value
+
+        return mapping
+    if isinstance(value, list | deque):
+        elements = [_snapshot(v) for v in value]
+
+        def sequence() -> Any:
+            value.clear()
+            value.extend(restore() for restore in elements)
+            return value
+
+        return sequence
+    if type(value) is tuple:
+        members = [_snapshot(v) for v in value]
+
+        def fixed() -> Any:
+            for restore in members:
+                restore()
+            return value
+
+        return fixed
+    if isinstance(value, set):
+        held = set(value)
+
+        def unordered() -> Any:
+            value.clear()
+            value.update(held)
+            return value
+
+        return unordered
+    return lambda: value
+
+
+@contextmanager
+def muted(module: L.LightningModule) -> Iterator[None]:
+    """Make ``self.log`` and ``self.log_dict`` of a module do nothing."""
+
+    def silent(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    module.__dict__["log"] = module.__dict__["log_dict"] = silent
+    try:
+        yield
+    finally:
+        module.__dict__.pop("log", None)
+        module.__dict__.pop("log_dict", None)

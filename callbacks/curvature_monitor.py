@@ -1,0 +1,221 @@
+"""Sharpness and its relatives while a run trains: how curved the loss is, and how close the steps are to the edge."""
+
+import re
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from evolute.callbacks.access import (
+    Action,
+    FlatOperator,
+    OptimizerStep,
+    Probe,
+    Stage,
+    attach,
+    backend_for,
+    detach,
+    named_parameters,
+    over_ranks,
+    probing,
+    refuse_manual_without_loss,
+    require,
+    take_samples,
+)
+from evolute.callbacks.edge import edge_of_stability
+from evolute.callbacks.pace import Pace
+from evolute.callbacks.record import record
+from evolute.geometry import Eigenpairs, Hessian, top_eigenpairs, trace_samples
+
+
+class CurvatureMonitor(Callback):
+    """Record the curvature of the training loss at the weights after a step.
+
+    A monitor: it changes nothing. On a probe batch, in eval mode, it builds one graph and takes all products with the
+    Hessian H from it:
+
+    - ``curvature/sharpness``: largest eigenvalue of H, by Lanczos to a true relative residual of ``tol``, warm-started from the
+      last eigenvector; ``curvature/residual`` is the residual reached;
+    - ``curvature/threshold`` and ``curvature/eos_ratio``: where the optimizer's edge of stability lies, and the sharpness in its own
+      metric over it: of H itself for SGD, ``curvature/preconditioned_sharpness`` for Adam(W), ``curvature/generalized_sharpness``
+      for optimizers with a norm. Runs with a constant rate climb to 1 and hover there; far above 1 for long, the loss
+      explodes. Small probe batches overestimate it;
+    - ``curvature/directional``: ``u^T H u`` along the last update, and ``curvature/step_quadratic``: ``p^T H p / (2 |g^T p|)``, above 1 where the
+      quadratic model says that the step went too far (any optimizer);
+    - ``curvature/trace`` and ``curvature/trace_stderr`` by Hutchinson, if ``trace_samples`` is not 0;
+    - ``curvature/layer_sharpness/<name>``: largest eigenvalue of each block of H that ``layers`` matches.
+
+    Price, in gradients of the probe batch: about 2 for the graph, then 1 to 2 a product; 2 to 6 products for the sharpness
+    once warm, about 20 cold, up to 3 for the edge, 1 for the direction, 1 a trace sample.
+
+    Args:
+        every_n_steps: optimizer steps between two measurements; the first is measured.
+        samples: samples in the probe batch; None for a whole batch. More cost more and bias the sharpness less.
+        fixed_batch: keep the first probe batch for the whole run, so that the curve shows the weights' doing and not the
+            batch's, and warm starts work best; False takes each measured step's own batch.
+        tol: relative residual of the eigenvalues.
+        max_products: bound on the products of one Lanczos run; one that ends there is recorded with its residual.
+        trace_samples: random vectors for the trace; 0 leaves it out.
+        layers: regular expression of parameters whose block is measured too, or None.
+        budget: largest share of wall-clock to spend; None for no limit.
+
+    Raises:
+        MisconfigurationException: if a value is out of range, ``layers`` matches nothing, the module optimises manually
+            without ``loss_on``, or the strategy does not allow second derivatives.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        samples: int | None = 4,
+        fixed_batch: bool = True,
+        tol: float = 1e-2,
+        max_products: int = 30,
+        trace_samples: int = 1,
+        layers: str | None = None,
+        budget: float | None = 0.02,
+    ) -> None:
+        if samples is not None and samples < 1:
+            raise MisconfigurationException(f"CurvatureMonitor(samples={samples}): must be at least 1, or None for all")
+        if not tol > 0:
+            raise MisconfigurationException(f"CurvatureMonitor(tol={tol}): must be above 0")
+        if max_products < 2:
+            raise MisconfigurationException(f"CurvatureMonitor(max_products={max_products}): must be at least 2")
+        if trace_samples < 0:
+            raise MisconfigurationException(f"CurvatureMonitor(trace_samples={trace_samples}): must be at least 0")
+        self.samples = samples
+        self.fixed_batch = fixed_batch
+        self.tol = tol
+        self.max_products = max_products
+        self.trace_samples = trace_samples
+        self.layers = layers
+        self._pace = Pace("CurvatureMonitor", every_n_steps, budget)
+        self._action = Action(Stage.OBSERVE, self._after_update, self._before_update)
+        self._batch: tuple[Any, int] | None = None
+        self._moved: dict[str, Tensor] = {}
+        self._rates: dict[str, float] = {}
+        self._warm: dict[str, Tensor] = {}
+        self._engine = ""
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._backend = backend_for(trainer, "CurvatureMonitor")
+        require(self._backend, "CurvatureMonitor", double_backward="use another strategy")
+        refuse_manual_without_loss(pl_module, "CurvatureMonitor")
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        named = named_parameters(pl_module)
+        if not named:
+            raise MisconfigurationException(f"CurvatureMonitor: {type(pl_module).__name__} has no trainable parameter")
+        if self.layers is not None and not any(re.fullmatch(self.layers, name) for name in named):
+            raise MisconfigurationException(
+                f"CurvatureMonitor(layers={self.layers!r}) matches no trainable parameter of {type(pl_module).__name__}"
+            )
+        self._trainer = trainer
+        attach(trainer, self._action)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pace.begin(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pace.now and (self._batch is None or not self.fixed_batch):
+            self._batch = (take_samples(batch, self.samples), batch_idx)
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._pace.open(trainer)
+
+    def _before_update(self, step: OptimizerStep) -> bool:
+        return self._pace.now
+
+    def _after_update(self, step: OptimizerStep) -> None:
+        if self._pace.now and self._batch is not None:
+            with self._pace.timed():
+                self._moved = {n: p.detach() - step.before[n] for n, p in step.params.items()}
+                self._rates = step.learning_rates()
+                values = self._measure(step)
+            record(self._trainer, "curvature", {**values, "time_ms": self._pace.time_ms()}, self._pace.step)
+            self._moved = {}
+        self._pace.close(self._trainer)
+
+    def _measure(self, step: OptimizerStep) -> dict[str, Tensor | float]:
+        assert self._batch is not None
+        module = self._trainer.lightning_module
+        with probing(self._trainer, module, *self._batch) as probe, Hessian(probe.loss, probe.params) as H:
+            if not bool(H.loss.isfinite()):
+                return {"nonfinite": 1.0}
+            try:
+                values = self._quantities(H, probe, step)
+            except FloatingPointError:
+                return {"nonfinite": 1.0}
+            self._say_engine(H.engine)
+        return values
+
+    def _quantities(self, H: Hessian, probe: Probe, step: OptimizerStep) -> dict[str, Tensor | float]:
+        """Take every product, and only then renew the warm starts: a product that is not finite leaves them alone."""
+        reduced = over_ranks(H, self._trainer)
+        warm: dict[str, Tensor] = {}
+        sharpest = self._top(reduced, "sharpness", warm)
+        values: dict[str, Tensor | float] = {"loss": H.loss, "sharpness": sharpest.values[0], "residual": sharpest.residuals[0]}
+        p = H.flatten([self._moved.get(name) for name in probe.params])
+        curved = torch.dot(p, reduced @ p)
+        values["directional"] = curved / torch.dot(p, p)
+        values["step_quadratic"] = curved.abs() / (2.0 * torch.dot(H.gradient, p).abs())
+        if self.trace_samples:
+            generator = torch.Generator().manual_seed(self._pace.step)
+            trace = trace_samples(reduced, self.trace_samples, generator)
+            values["trace"] = trace.trace
+            if self.trace_samples > 1:
+                values["trace_stderr"] = trace.stderr
+        if len(self._trainer.optimizers) == 1:
+            edge = edge_of_stability(
+                reduced, list(probe.params), step.optimizer, step.params, self._rates, self._backend,
+                sharpest.values[0], self._warm.get("edge"), products=3 if "edge" in self._warm else 8,
+            )  # fmt: skip
+            if edge is not None:
+                values[edge.name], values["threshold"] = edge.sharpness, edge.threshold
+                values["eos_ratio"] = edge.sharpness / edge.threshold
+                warm["edge"] = edge.direction
+        for name in probe.params if self.layers is not None else ():
+            if self.layers is not None and re.fullmatch(self.layers, name):
+                block = over_ranks(H.block([name]), self._trainer)
+                values[f"layer_sharpness/{name}"] = self._top(block, f"layer/{name}", warm).values[0]
+        self._warm.update(warm)
+        return values
+
+    def _top(self, H: FlatOperator, key: str, warm: dict[str, Tensor]) -> Eigenpairs:
+        """Return the largest eigenpair, started from the last one kept under ``key``."""
+        start = self._warm.get(key)
+        found = top_eigenpairs(H, tol=self.tol, which="largest", max_products=self.max_products, start=start)
+        warm[key] = found.vectors[:, 0]
+        return found
+
+    def _say_engine(self, engine: str) -> None:
+        if engine != self._engine:
+            rank_zero_info(f"CurvatureMonitor: Hessian products by {engine.replace('_', ' ')}")
+        self._engine = engine
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        detach(trainer, self._action)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        # The probe batch and the eigenvectors are state: without them a resumed run would measure something else.
+        return {"pace": self._pace.state_dict(), "warm": dict(self._warm), "batch": self._batch if self.fixed_batch else None}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pace.load_state_dict(state_dict["pace"])
+        self._warm = dict(state_dict["warm"])
+        self._batch = state_dict["batch"]

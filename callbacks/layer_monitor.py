@@ -1,0 +1,207 @@
+"""Per layer: gradient norm, weight norm, update ratio, signal to noise; for the run: the gradient noise scale."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from evolute.callbacks.access import (
+    Action,
+    GradientPair,
+    GradientPairs,
+    OptimizerStep,
+    Stage,
+    attach,
+    backend_for,
+    detach,
+    named_parameters,
+)
+from evolute.callbacks.pace import Pace
+from evolute.callbacks.record import record
+
+
+class LayerMonitor(Callback):
+    """Record how large each layer's gradient, weights and update are, and how much of the gradient is signal.
+
+    A monitor: it changes nothing. What it records, every ``every_n_steps`` optimizer steps, for each watched layer (one
+    parameter tensor):
+
+    - ``layer/grad_norm/<name>``: l2 norm of the reduced, unscaled gradient, before clipping;
+    - ``layer/weight_norm/<name>``: l2 norm of the weights before the step;
+    - ``layer/update_ratio/<name>``: size of the step over that of the weights; healthy Adam runs sit near 1e-3;
+    - ``layer/snr/<name>``: squared signal over squared noise of the step's gradient; below 1 the step is mostly noise;
+
+    and for all of them together ``layer/grad_norm``, ``layer/noise_scale`` (the simple gradient noise scale of McCandlish et
+    al., arXiv 1812.06162, appendix A, in samples: batches well below it are wasted on noise less than batches above it
+    are wasted on redundancy, so it estimates the critical batch size). Signal and noise come from two gradient estimates
+    a and b that the run computes anyway: ``<a, b>`` is the squared signal, ``|a - b|^2 / 2`` the squared noise; both are
+    averaged over ``memory`` measurements, for one pair says little.
+
+    Args:
+        every_n_steps: optimizer steps between two measurements; the first step is measured.
+        layers: regular expression; trainable parameters whose whole name matches are watched.
+        noise: where the two estimates come from. ``"split"``: the halves of an accumulated step (exact, needs
+            ``accumulate_grad_batches >= 2``); ``"consecutive"``: two steps in a row, where the drift of the gradient
+            counts as noise; ``"auto"``: split if it can be had. One copy of the gradient is held from half-way, or from
+            the step before, to the measurement.
+        memory: measurements that the running means of signal and noise reach back.
+        budget: largest share of wall-clock to spend; None for no limit.
+
+    Raises:
+        MisconfigurationException: if a value is out of range, no trainable parameter matches, or the strategy hides
+            gradients.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 20,
+        layers: str = ".*",
+        noise: Literal["auto", "split", "consecutive"] = "auto",
+        memory: int = 10,
+        budget: float | None = 0.01,
+    ) -> None:
+        if noise not in ("auto", "split", "consecutive"):
+            raise MisconfigurationException(f"LayerMonitor(noise={noise!r}): 'auto', 'split' or 'consecutive'")
+        if memory < 1:
+            raise MisconfigurationException(f"LayerMonitor(memory={memory}): must be at least 1")
+        self.layers = layers
+        self.noise = noise
+        self.memory = memory
+        self._pace = Pace("LayerMonitor", every_n_steps, budget)
+        self._pairs = GradientPairs("consecutive" if noise == "auto" else noise, self._pace.wanted)
+        self._action = Action(Stage.OBSERVE, self._after_update, self._before_update)
+        self._params: dict[str, Tensor] = {}
+        self._samples = 0
+        self._signal: dict[str, float] = {}
+        self._variance: dict[str, float] = {}
+        self._values: dict[str, Tensor | float] = {}
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._backend = backend_for(trainer, "LayerMonitor")
+        if self.noise == "auto" and pl_module.automatic_optimization and trainer.accumulate_grad_batches >= 2:
+            self._pairs.source = "split"
+        self._pairs.refuse(trainer, "LayerMonitor")
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        wanted = re.compile(self.layers)
+        self._params = {n: p for n, p in named_parameters(pl_module).items() if wanted.fullmatch(n)}
+        if not self._params:
+            raise MisconfigurationException(
+                f"LayerMonitor(layers={self.layers!r}) matches no trainable parameter of {type(pl_module).__name__}"
+            )
+        self._trainer = trainer
+        attach(trainer, self._action)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pace.begin(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._pace.now:
+            sizes = [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+            self._samples = (sizes[0] if sizes else 1) * trainer.accumulate_grad_batches * trainer.world_size
+
+    @override
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with self._pace.timed():
+            self._pairs.after_backward(trainer, pl_module, self._backend, self._pace.step)
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._pace.open(trainer)
+        if not self._pace.now and not self._pace.soon:
+            return
+        with self._pace.timed():
+            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            params = {n: p for n, p in self._params.items() if id(p) in owned}
+            gradients = self._backend.gradients(params)
+            pair = self._pairs.pair(trainer, gradients, self._pace.step)
+            if self._pace.now:
+                self._measure_gradients(gradients, pair)
+
+    def _measure_gradients(self, gradients: Mapping[str, Tensor], pair: GradientPair | None) -> None:
+        norms = dict(zip(gradients, _norms(list(gradients.values())), strict=True))
+        self._values = {f"grad_norm/{n}": norm for n, norm in norms.items()}
+        if norms:
+            self._values["grad_norm"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        if pair is not None and pair.first:
+            self._fold(pair)
+
+    def _fold(self, pair: GradientPair) -> None:
+        """Fold a pair into the running signal and noise; one that is not finite changes nothing."""
+        a, b = list(pair.first.values()), list(pair.second.values())
+        signal = torch.stack([torch.sum(x.float() * y.float()) for x, y in zip(a, b, strict=True)])
+        # Of a step's whole gradient: the mean of 1/share estimates has that much less variance.
+        noise = 0.5 * pair.share * _norms([x - y for x, y in zip(a, b, strict=True)]).square()
+        both = torch.stack([signal, noise]).double().cpu()
+        if not bool(both.isfinite().all()):
+            self._pairs.drop()
+            self._values["nonfinite"] = 1.0
+            return
+        keep = 1.0 - 1.0 / self.memory
+        for name, s, v in zip(pair.first, *both.tolist(), strict=True):
+            self._signal[name] = keep * self._signal.get(name, 0.0) + (1.0 - keep) * s
+            self._variance[name] = keep * self._variance.get(name, 0.0) + (1.0 - keep) * v
+            self._values[f"snr/{name}"] = max(self._signal[name], 0.0) / self._variance[name] if self._variance[name] else float("inf")
+        total, spread = sum(self._signal.values()), sum(self._variance.values())
+        self._values["noise_scale"] = self._samples * spread / total if total > 0 else float("inf")
+
+    def _before_update(self, step: OptimizerStep) -> bool:
+        return self._pace.now
+
+    def _after_update(self, step: OptimizerStep) -> None:
+        if self._pace.now:
+            self._measure_update(step)
+        self._pace.close(self._trainer)
+
+    def _measure_update(self, step: OptimizerStep) -> None:
+        with self._pace.timed():
+            names = [n for n in step.params if n in self._params]
+            before = [step.before[n] for n in names]
+            sizes = _norms(before)
+            moved = _norms([step.params[n].detach() - old for n, old in zip(names, before, strict=True)])
+            ratios = torch.where(moved == 0, moved, moved / sizes)
+            self._values.update({f"weight_norm/{n}": size for n, size in zip(names, sizes, strict=True)})
+            self._values.update({f"update_ratio/{n}": ratio for n, ratio in zip(names, ratios, strict=True)})
+        values, self._values = self._values, {}
+        record(self._trainer, "layer", {**values, "time_ms": self._pace.time_ms()}, self._pace.step)
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        detach(trainer, self._action)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "signal": dict(self._signal),
+            "variance": dict(self._variance),
+            "samples": self._samples,
+            "pace": self._pace.state_dict(),
+            "pairs": self._pairs.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._signal = dict(state_dict["signal"])
+        self._variance = dict(state_dict["variance"])
+        self._samples = state_dict["samples"]
+        self._pace.load_state_dict(state_dict["pace"])
+        self._pairs.load_state_dict(state_dict["pairs"])
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Return the l2 norms, stacked, accumulated in float32 or wider: one kernel launch for many small layers."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)) if tensors else torch.zeros(0)

@@ -1,0 +1,213 @@
+"""How far each step goes, against how far the loss can be trusted along it; and a limit on that, if asked for."""
+
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+from evolute.callbacks.access import (
+    Action,
+    OptimizerStep,
+    Stage,
+    attach,
+    backend_for,
+    detach,
+    probing,
+    refuse_manual_without_loss,
+    require,
+    take_samples,
+)
+from evolute.callbacks.pace import Pace
+from evolute.callbacks.record import record
+from evolute.geometry import directional_logits, logit_spread, secant_spread
+
+
+class StepRadius(Callback):
+    """Compare each step with the distance at which the loss stops being analytic along it ("ghosts of softmax").
+
+    For a loss that is linear in the logits plus a log-sum-exp (cross-entropy, binary cross-entropy), the Taylor series along
+    an update p converges at least out to ``rho = pi / max spread``, where the spread is that of the logits' change per unit
+    of p over the classes, at its largest over the loss terms (arXiv 2603.13552). The ratio ``r = ||p|| / rho``, free of
+    units, is then the largest change of a logit difference in this step, over pi. ``r < 1`` is sufficient for the step to be
+    reliable, never necessary; healthy runs sit well below 1, and single steps above about 10 do damage.
+
+    Records ``step/norm``, ``step/ghost_ratio``, ``step/ghost_radius`` (at the largest spread) and both at the 99th percentile of
+    the loss terms. Two forward passes of ``samples`` samples a measurement.
+
+    ``mode="monitor"`` changes nothing. ``mode="clip"`` is an intervention: after every step the update is shortened to
+    ``target`` where it exceeds it, ``theta <- theta_old + s (theta_new - theta_old)``, with the ratio evaluated again after it (at
+    most two rounds, for logits are curved). Moments are not rolled back; weight decay is shortened alike. It holds one
+    copy of the parameters during each step, and measures every step.
+
+    Args:
+        every_n_steps: optimizer steps between two measurements; the first is measured. Clipping needs 1.
+        mode: ``"monitor"`` or ``"clip"``.
+        target: largest ratio that clipping lets through; the paper's best is 1, 0.5 is its safe choice.
+        estimator: ``"secant"`` takes the logits before and after the step; ``"jvp"`` their derivative along it (the
+            theory's own quantity, for small steps the same; needs forward-mode derivatives of the module).
+        samples: samples of the batch to measure on; None for all. Clipping watches only these.
+        budget: largest share of wall-clock to spend when monitoring; None for no limit.
+        dry_run: with ``mode="clip"``, record the scale that would be applied and apply none.
+
+    Raises:
+        MisconfigurationException: if a value is out of range, the module optimises manually without ``loss_on``, no
+            cross-entropy is found in its loss, or the strategy hides updates.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        mode: Literal["monitor", "clip"] = "monitor",
+        target: float = 1.0,
+        estimator: Literal["secant", "jvp"] = "secant",
+        samples: int | None = 4,
+        budget: float | None = 0.01,
+        dry_run: bool = False,
+    ) -> None:
+        if mode not in ("monitor", "clip"):
+            raise MisconfigurationException(f"StepRadius(mode={mode!r}): 'monitor' or 'clip'")
+        if estimator not in ("secant", "jvp"):
+            raise MisconfigurationException(f"StepRadius(estimator={estimator!r}): 'secant' or 'jvp'")
+        if not target > 0:
+            raise MisconfigurationException(f"StepRadius(target={target}): must be above 0")
+        if samples is not None and samples < 1:
+            raise MisconfigurationException(f"StepRadius(samples={samples}): must be at least 1, or None for all")
+        if mode == "clip" and estimator == "jvp":
+            raise MisconfigurationException('StepRadius(mode="clip") evaluates the shortened step, so it needs estimator="secant"')
+        self.mode = mode
+        self.target = target
+        self.estimator = estimator
+        self.samples = samples
+        self.dry_run = dry_run
+        # An intervention's cadence depends on the step alone: clipping looks at every step, without a budget.
+        self._pace = Pace("StepRadius", 1 if mode == "clip" else every_n_steps, None if mode == "clip" else budget)
+        stage = Stage.LIMIT if mode == "clip" else Stage.OBSERVE
+        self._action = Action(stage, self._after_update, self._before_update)
+        self._batch: tuple[Any, int] | None = None
+        self._logits: Tensor | None = None
+
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        backend = backend_for(trainer, "StepRadius")
+        require(backend, "StepRadius", updates="use another strategy", forward="use another strategy")
+        refuse_manual_without_loss(pl_module, "StepRadius")
+        if self.mode == "clip" and not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f'StepRadius(mode="clip") limits the steps of automatic optimisation; {type(pl_module).__name__} optimises manually'
+            )
+
+    @override
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        attach(trainer, self._action)
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._pace.begin(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        # Of an accumulated step the last micro-batch counts. Copied now: the step may change its batch in place.
+        if self._pace.now:
+            self._batch = (take_samples(batch, self.samples), batch_idx)
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._pace.open(trainer)
+
+    def _before_update(self, step: OptimizerStep) -> bool:
+        if not self._pace.now or self._batch is None:
+            return False
+        if self.estimator == "secant":
+            with self._pace.timed():
+                self._logits = self._evaluate()
+        return True
+
+    @torch.no_grad()
+    def _evaluate(self) -> Tensor:
+        """Return the logits [n, K] of the measured batch at the weights as they are."""
+        assert self._batch is not None
+        with probing(self._trainer, self._module, *self._batch) as probe, torch.no_grad():
+            return probe.logits()
+
+    def _after_update(self, step: OptimizerStep) -> None:
+        if self._pace.now and step.before:
+            self._measure(step)
+        self._pace.close(self._trainer)
+
+    def _measure(self, step: OptimizerStep) -> None:
+        with self._pace.timed():
+            moved = [p.detach() - step.before[n] for n, p in step.params.items()]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moved, 2, dtype=torch.float32)))
+            spread = self._spread(step, norm)
+            values = self._ratios(spread, norm)
+            if self.mode == "clip":
+                values["clip_scale"] = self._limit(step, values["ghost_ratio"])
+        self._logits = self._batch = None
+        record(self._trainer, "step", {**values, "time_ms": self._pace.time_ms()}, self._pace.step)
+
+    def _spread(self, step: OptimizerStep, norm: Tensor) -> Tensor:
+        """Return the spread [n] of each loss term's logit change over this whole step."""
+        if self._logits is not None:
+            return secant_spread(self._logits, self._evaluate())
+        assert self._batch is not None
+        with probing(self._trainer, self._module, *self._batch) as probe:
+            origin = {name: value.to(probe.params[name].dtype) for name, value in step.before.items()}
+            point = {name: origin.get(name, p.detach()) for name, p in probe.params.items()}
+            direction = {name: step.params[name].detach().to(p.dtype) - p if name in origin else torch.zeros_like(p) for name, p in point.items()}
+            return logit_spread(directional_logits(probe.logits, point, direction))
+
+    def _ratios(self, spread: Tensor, norm: Tensor) -> dict[str, Tensor | float]:
+        strategy = self._trainer.strategy
+        worst = spread.max() / torch.pi
+        usual = torch.quantile(spread.float(), 0.99) / torch.pi
+        if self._trainer.world_size > 1:
+            worst = strategy.reduce(worst, reduce_op="max")
+            usual = strategy.reduce(usual, reduce_op="max")
+        return {
+            "norm": norm,
+            "ghost_ratio": worst,
+            "ghost_radius": norm / worst,
+            "ghost_ratio_p99": usual,
+            "ghost_radius_p99": norm / usual,
+        }
+
+    def _limit(self, step: OptimizerStep, ratio: Tensor | float) -> float:
+        """Shorten the update until its ratio is at most ``target``; return the factor, 1 where it was already."""
+        scale, reached = 1.0, float(ratio)
+        if not reached > self.target:  # also a ratio that is not a number: nothing is known, nothing is done
+            return scale
+        if reached == float("inf"):
+            return scale
+        whole = {name: p.detach().clone() for name, p in step.params.items()} if not self.dry_run else {}
+        for _ in range(2):
+            scale *= self.target / reached
+            if self.dry_run:
+                break
+            with torch.no_grad():
+                for name, p in step.params.items():
+                    p.copy_(torch.lerp(step.before[name], whole[name], scale))
+            assert self._logits is not None
+            reached = float(self._ratios(secant_spread(self._logits, self._evaluate()), torch.zeros(()))["ghost_ratio"])
+            if not reached > self.target:
+                break
+        return scale
+
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        detach(trainer, self._action)
+        self._batch = self._logits = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"pace": self._pace.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pace.load_state_dict(state_dict["pace"])

@@ -1,0 +1,135 @@
+"""Modules of all kinds that know nothing of evolute."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+def regression_data(n: int = 64) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 6, generator=generator)
+    return TensorDataset(x, x @ torch.randn(6, 2, generator=generator))
+
+
+def classification_data(n: int = 96, features: int = 8, classes: int = 4) -> TensorDataset:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, features, generator=generator)
+    return TensorDataset(x, (x @ torch.randn(features, classes, generator=generator)).argmax(1))
+
+
+class Regression(L.LightningModule):
+    """One linear layer, squared error, plain SGD: the module of the pattern."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = F.mse_loss(self.layer(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+class Classifier(L.LightningModule):
+    """An MLP with dropout, batch norm, a metric, a growing list and random augmentation: all that a probe may disturb."""
+
+    def __init__(self, optimizer: str = "adamw", lr: float = 0.01, messy: bool = True, **options: Any) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(8, 16),
+            nn.BatchNorm1d(16) if messy else nn.Identity(),
+            nn.ReLU(),
+            nn.Dropout(0.2) if messy else nn.Identity(),
+            nn.Linear(16, 12),
+            nn.Tanh(),
+            nn.Linear(12, 4),
+        )
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(num_classes=4)
+        self.seen: list[float] = []
+        self.messy = messy
+        self.optimizer, self.lr, self.options = optimizer, lr, options
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if self.messy:
+            x = x + 0.01 * torch.randn_like(x)
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits.detach(), y)
+        self.seen.append(float(loss.detach()))
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/accuracy", self.accuracy, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(self, self.optimizer, self.lr, **self.options)
+
+
+class Late(Classifier):
+    """Builds its layers in configure_model."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.net = None  # type: ignore[assignment]
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+
+
+class TwoOptimizers(L.LightningModule):
+    """Two halves, each with its own optimizer, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.encoder = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def loss_on(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.head(torch.tanh(self.encoder(batch[0]))), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = self.loss_on(batch)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.encoder.parameters(), lr=0.1), torch.optim.Adam(self.head.parameters(), lr=0.01)]
+
+
+def make_optimizer(module: nn.Module, name: str, lr: float, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer by name, over all parameters of a module."""
+    from evolute.optim import MuonAdamW, Scion
+
+    named = list(module.named_parameters())
+    params = [p for _, p in named]
+    match name:
+        case "sgd":
+            return torch.optim.SGD(params, lr=lr, **options)
+        case "momentum":
+            return torch.optim.SGD(params, lr=lr, momentum=0.9, **options)
+        case "adamw":
+            return torch.optim.AdamW(params, lr=lr, foreach=True, **options)
+        case "adamw_fused":
+            return torch.optim.AdamW(params, lr=lr, fused=True, **options)
+        case "muon":
+            return MuonAdamW(module, lr=lr, **options)
+        case "scion":
+            return Scion(module, lr=lr, **options)
+    raise ValueError(name)
