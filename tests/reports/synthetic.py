@@ -91,7 +91,7 @@ def _row(
             row[f"layer/snr/{name}"] = base * math.exp(-2 * done) * wobble
     if step % 10 == 0:
         ratio = 0.25 * math.exp(0.5 * rng.standard_normal()) * (1 + 2 * math.exp(-step / 60))
-        row |= {"step/ghost_ratio": ratio, "step/ghost_ratio_p99": 1.8 * ratio, "step/time_ms": 9.0}
+        row |= {"step/ghost_ratio": ratio, "step/ghost_ratio_p99": 0.6 * ratio, "step/time_ms": 9.0}
         row["step/clip_scale"] = min(1.0, 1 / ratio)
     if step % 100 == 99 or step == steps - 1:
         val = loss + 0.06

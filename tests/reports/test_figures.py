@@ -1,0 +1,153 @@
+"""Figures draw the numbers they are given: checked on the artists, and by reading the colours back."""
+
+import subprocess
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from evolute.reports import draw_figures, figures, load_run, load_runs, save_figures, style, write_report
+from evolute.reports.heatmaps import layer_heatmap
+from evolute.reports.spec import SECTIONS
+from tests.reports.synthetic import LAYERS, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return load_runs([write_run(root / "first"), write_run(root / "second", seed=1, speed=0.7)])
+
+
+def small_run(folder):
+    return write_run(folder, steps=40, layers=LAYERS[:4])
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def mesh(axes):
+    return next(c for c in axes.collections if hasattr(c, "get_coordinates"))
+
+
+def test_a_full_run_draws_every_section_it_recorded(runs):
+    drawn = {key for key, _ in draw_figures(runs[:1])}
+    assert drawn == {section.key for section in SECTIONS} - {"layer-sharpness", "directional"}
+
+
+def test_loss_shows_raw_smoothed_validation_and_floor(runs):
+    left, right = figures.loss(runs[:1]).axes
+    raw, smoothed = left.get_lines()[:2]
+    assert np.array_equal(raw.get_ydata(), runs[0].series("train/loss")[1])
+    assert np.std(np.diff(smoothed.get_ydata()[500:])) < 0.3 * np.std(np.diff(raw.get_ydata()[500:]))
+    assert np.array_equal(lines(right)["validation"].get_ydata(), runs[0].series("val/bits_per_byte")[1])
+    assert lines(right)["bigram floor 3.412"].get_ydata()[0] == 3.412
+    assert left.get_ylabel() == "loss (nats per token)"
+
+
+def test_heat_map_cells_are_the_recorded_rates(runs):
+    figure = figures.layer_lr(runs[:1])
+    cells = mesh(figure.axes[0]).get_array()
+    assert cells.shape == (len(LAYERS), 50)
+    assert np.allclose(cells[7], runs[0].series(f"layer_lr/{LAYERS[7]}")[1], rtol=0, atol=0)
+    assert figure.axes[0].get_yticklabels()[1].get_text() == "0.q_proj"
+
+
+def test_heat_maps_of_two_runs_share_their_scale_and_rows(runs):
+    first, second, _bar = figures.noise(runs).axes
+    assert mesh(first).norm is mesh(second).norm
+    assert mesh(first).norm.vmax == max(values.max() for run in runs for _, values in run.layers("noise").values())
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["first", "second"]
+
+
+def test_a_layer_missing_at_a_step_leaves_a_gap_not_a_number(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,noise/a,noise/b\n0,1,2\n10,,4\n20,3,-1\n")
+    cells = mesh(layer_heatmap([load_run(tmp_path)], "noise", "noise").axes[0]).get_array()
+    assert np.array_equal(cells.mask, [[False, True, False], [False, False, True]])
+
+
+def test_a_run_without_the_metric_gets_a_panel_that_says_so(runs, tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1\n")
+    figure = figures.noise([load_run(tmp_path), runs[0]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no noise recorded"]
+    assert len(figure.axes[1].get_yticklabels()) == len(LAYERS)
+
+
+def test_clipped_steps_are_marked_where_they_happened(runs):
+    axes = figures.step_ratio(runs[:1]).axes[0]
+    steps, scale = runs[0].series("step/clip_scale")
+    clipped = steps[scale < 1]
+    assert clipped.size
+    assert np.array_equal(lines(axes)[f"clipped steps: {clipped.size}"].get_xdata(), clipped)
+    assert axes.get_yscale() == "log"
+
+
+def test_negative_curvature_is_drawn(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,curvature/sharpness,curvature/threshold\n0,-2,10\n1,5,10\n")
+    axes = figures.sharpness([load_run(tmp_path)]).axes[0]
+    assert axes.get_yscale() == "symlog"
+    assert np.array_equal(lines(axes)["sharpness"].get_ydata(), [-2, 5])
+
+
+def test_bars_are_total_seconds(runs):
+    axes = figures.callback_time(runs[:1]).axes[0]
+    assert [round(bar.get_width(), 6) for bar in axes.patches] == [2.75, 2.0, 0.9, 0.3]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["curvature", "noise", "step", "layer"]
+
+
+def test_every_figure_has_labelled_axes(runs):
+    for key, figure in draw_figures(runs):
+        assert figure.axes[0].get_xlabel() != ""
+        assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes), key
+
+
+def test_one_measurement_is_enough_for_every_figure(tmp_path):
+    for key, figure in draw_figures([load_run(write_run(tmp_path / "short", steps=1))]):
+        FigureCanvasAgg(figure).draw()
+        assert figure.axes, key
+
+
+def test_global_state_of_matplotlib_is_left_alone(runs, tmp_path):
+    before = dict(mpl.rcParams)
+    write_report([small_run(tmp_path / "small")], tmp_path / "r.html")
+    assert dict(mpl.rcParams) == before
+    code = "import sys, evolute.reports.page as p; p.write_report(sys.argv[1:2], sys.argv[2])\n"
+    code += "assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "small", tmp_path / "s.html"], check=True, timeout=60)
+
+
+def test_saves_png_and_svg(tmp_path):
+    paths = save_figures([small_run(tmp_path / "small")], tmp_path / "out")
+    assert {path.suffix for path in paths} == {".png", ".svg"}
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all(path.stat().st_size > 2000 for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["model.layers.3.self_attn.q_proj.weight", "lm_head.weight"], ["3.q_proj", "lm_head"]),
+        (["h.0.attn.c_proj.weight", "h.0.mlp.c_proj.weight"], ["0.attn.c_proj", "0.mlp.c_proj"]),
+        (["a.q.weight", "a.q.bias", "b.k.bias"], ["q", "q.bias", "k.bias"]),
+        (["same", "same"], ["same", "same"]),
+    ],
+)
+def test_short_names_keep_what_tells_layers_apart(names, short):
+    assert style.short_names(names) == short
+
+
+def test_layer_ten_follows_layer_nine():
+    assert style.natural(["l.1", "l.10", "l.9"]) == ["l.1", "l.9", "l.10"]
+    assert style.natural(["z", "a"]) == ["z", "a"]
+
+
+def test_smoothing_keeps_a_straight_line_and_thinning_keeps_extremes():
+    line = np.linspace(0, 5, 301)
+    assert np.allclose(style.smooth(line), line, atol=1e-12)
+    values = np.random.default_rng(0).standard_normal(20_000)
+    steps, kept = style.thin((np.arange(20_000), values), 1000)
+    assert steps.size <= 1002
+    assert (kept.min(), kept.max()) == (values.min(), values.max())
+    assert np.array_equal(values[steps], kept)
