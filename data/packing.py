@@ -42,7 +42,9 @@ def split_documents(texts: Sequence[str], val_fraction: float, seed: int) -> Spl
     Returns:
         The two lists. Either may be empty when there are too few texts.
     """
-    distinct = dict.fromkeys(texts)
+    distinct: dict[str, int] = dict.fromkeys(texts, 0)  # bytes of all copies
+    for text in texts:
+        distinct[text] += len(utf8(text))
     if len(distinct) == 1:
         (text,) = distinct
         cut = int(len(text) * (1 - val_fraction))
@@ -50,14 +52,14 @@ def split_documents(texts: Sequence[str], val_fraction: float, seed: int) -> Spl
         return Split([text[:cut]], [text[cut:]])
     prefix = f"{seed}:".encode()
     ranked = sorted(distinct, key=lambda text: hashlib.sha256(prefix + utf8(text)).digest())
-    wanted = val_fraction * sum(len(utf8(text)) for text in texts)
+    wanted = val_fraction * sum(distinct.values())
     held: set[str] = set()
     taken = 0
     for text in ranked[:-1]:  # training keeps at least one
         if taken >= wanted:
             break
         held.add(text)
-        taken += len(utf8(text))
+        taken += distinct[text]
     return Split([t for t in texts if t not in held], [t for t in texts if t in held])
 
 

@@ -77,3 +77,10 @@ class ResumableLoader(DataLoader[Any]):
             epoch, batch = place
             self.sampler.seek(epoch, batch * (self.batch_size or 1))
         yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: ``position`` knows the place. Lightning takes a loader without a state for unresumable."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Accept that nothing."""
