@@ -15,7 +15,7 @@ from evolute.reports.heatmaps import layer_heatmap
 from evolute.reports.run import Run
 from evolute.reports.summary import callback_seconds, threshold_metric, wall_seconds
 
-STEP = "optimizer step"
+STEP = style.STEP
 
 
 def loss(runs: Sequence[Run]) -> Figure:
@@ -190,7 +190,7 @@ def callback_time(runs: Sequence[Run]) -> Figure:
         widths = [seconds.get(name, 0.0) for name in names]
         label = _of(run, runs, bare=True)
         bars = axes.barh(at, widths, height=0.85 * thickness, color=style.run_colour(index), label=label)
-        texts = [f"{width:.1f} s" + (f", {width / wall:.1%}" if wall else "") for width in widths]
+        texts = [_duration(width) + (f", {width / wall:.1%}" if wall else "") for width in widths]
         axes.bar_label(bars, texts, padding=4, color=style.INK, fontsize=8.5)
     axes.set_yticks(np.arange(len(names)), [style.literal(name) for name in names], fontsize=9, color=style.INK)
     axes.invert_yaxis()
@@ -209,6 +209,10 @@ def _lines(runs: Sequence[Run], metric: str, unit: str) -> Figure:
     style.label(axes, STEP, unit)
     style.legend(axes)
     return figure
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def _of(run: Run, runs: Sequence[Run], bare: bool = False) -> str:

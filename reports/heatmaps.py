@@ -42,7 +42,7 @@ def layer_heatmap(
             full[names.index(name)] = row
         _draw(axes, style.cell_edges(steps), full, norm, colours)
         _name_rows(axes, names if index == 0 or not tables[0][0] else [])
-        style.label(axes, x="optimizer step", title=title)
+        style.label(axes, x=style.STEP, title=title)
     _colour_bar(figure, grid[0], norm, colours, unit, mark)
     return figure
 

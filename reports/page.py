@@ -154,12 +154,11 @@ def _clip(text: object) -> str:
 
 def _differences(runs: Sequence[Run]) -> tuple[str, str, str]:
     """Return a table of the settings in which the runs differ."""
-    flats = [html.flatten(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for flat in flats for key in flat))
-    rows = [
-        [key, *(flat.get(key, "–") for flat in flats)] for key in keys if len({flat.get(key) for flat in flats}) > 1
-    ]
-    body = html.table("Settings that are not equal", ["setting", *(run.name for run in runs)], rows) if rows else ""
+    known = {run.name: html.flatten(run.config) for run in runs if run.config}
+    keys = list(dict.fromkeys(key for flat in known.values() for key in flat))
+    rows = [[key, *(flat.get(key, "–") for flat in known.values())] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    body = html.table("Settings that are not equal", ["setting", *known], rows) if rows else ""
     return "differences", "What differs between the runs", body
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LIMIT = "#d55e00"
 MISSING = "#9aa1ad40"
 WIDTH = 10.0  # inches
+STEP = "optimizer step"
 
 
 def run_colour(index: int) -> str:
@@ -54,6 +55,8 @@ def label(axes: Axes, x: str = "", y: str = "", title: str = "") -> None:
     """Set axis labels and a left-aligned title."""
     axes.set_xlabel(x, color=INK, fontsize=9)
     axes.set_ylabel(y, color=INK, fontsize=9)
+    if x == STEP:
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True))
     if title:
         axes.set_title(literal(title), color=INK, fontsize=10, loc="left")
 
@@ -87,6 +90,7 @@ def empty(axes: Axes, why: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
+    axes.spines[:].set_visible(False)
     axes.text(0.5, 0.5, literal(why), transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=9)
 
 

@@ -89,12 +89,9 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     else:
         floor_note = f"{abs(below):.1%} {'below' if below >= 0 else 'ABOVE'} the bigram floor, {floor:.3f}"
     sharp, limit, eos = s["sharpness"], s["threshold"], s["eos_ratio"]
-    if limit is None:
-        limit_note = "threshold not recorded"
-    else:
-        limit_note = f"threshold {_three_digits(limit)}" + (
-            f", ratio {eos:.2f} (edge of stability at 1)" if eos else ""
-        )
+    limit_note = "threshold not recorded"
+    if limit is not None and eos is not None:
+        limit_note = f"{eos:.0%} of its threshold, {_three_digits(limit)}"
     ratio, at = s["max_step_ratio"], s["max_step_ratio_at"]
     speed, share, spent = s["tokens_per_s"], s["callback_share"], s["callback_seconds"]
     if spent is None:

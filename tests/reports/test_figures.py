@@ -21,7 +21,9 @@ def runs(tmp_path_factory):
 
 
 def small_run(folder):
-    return write_run(folder, steps=40, layers=LAYERS[:4])
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("step,train/loss,noise/a,noise/time_ms\n0,2,1,3\n1,1,2,3\n")
+    return folder
 
 
 def lines(axes):
