@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ CLEAN = tuple(i for i in range(DEPTH) if i not in NOISY)
 GRID = {
     "muon": (0.007, 0.01, 0.014, 0.02),
     "lanton": (0.02, 0.03, 0.04, 0.06),
-    "reversed": (0.007, 0.01, 0.014, 0.02),
+    "reversed": (0.01, 0.014, 0.02, 0.03),
 }
 RESULTS = Path(__file__).parent / "results" / "lanton_mlp"
 
@@ -237,7 +238,7 @@ def main() -> int:
     if args.seeds < 2 or args.select_seeds < 1:
         parser.error(f"--seeds {args.seeds} --select-seeds {args.select_seeds}: need at least 2 and 1")
     alpha = args.alpha if args.alpha == "auto" else float(args.alpha)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)  # a log should not fold the table
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     torch.set_num_threads(1)  # matrices this small lose time to threads

@@ -27,6 +27,9 @@ def parameter_norms(module: nn.Module, overrides: Mapping[str, str] | None = Non
     6. two dimensions, or a filter of a convolution (a matrix [out, in * k * k]): ``spectral``;
     7. anything else (a class token, a stack of matrices, a grid): ``rms``, since no single matrix describes it.
 
+    Matrices are taken to be stored [out, in]. Layers that store [in, out], such as GPT-2's ``Conv1D``, are sorted
+    alike, but the factor ``sqrt(out/in)`` of a scaled norm then comes out inverted for them.
+
     Args:
         module: any module; call this after ``configure_model``. Frozen parameters are left out, shared ones are
             counted once, under their first name.

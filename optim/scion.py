@@ -22,7 +22,7 @@ class Scion(Optimizer):
 
     For momentum ``B <- momentum B + (1 - momentum) g`` the step is ``p <- (1 - lr weight_decay) p + lr scale lmo(B)``,
     with the scaled oracle of the group's ``norm`` (see :mod:`evolute.geometry.norms.lmo`). Its size depends on ``lr``
-    and ``scale`` alone, not on the gradient. With ``weight_decay=1`` this is the paper's constrained form: weights inside
+    and ``scale`` alone, not on the gradient. With ``weight_decay=1`` this is the paper's constrained form: weights in
     the ball of radius ``scale`` never leave it (in general the radius is ``scale / weight_decay``).
 
     All spectral parameters of one shape (or its transpose), of whatever group, are orthogonalised in one batched call,
