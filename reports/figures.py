@@ -146,10 +146,10 @@ def step_ratio(runs: Sequence[Run]) -> Figure:
     figure, [[axes]] = style.new_figure(1, 1, height=3.4)
     for index, run in enumerate(runs):
         colour, of = style.run_colour(index), _of(run, runs)
-        axes.plot(*style.thin(run.series("step/ghost_ratio")), color=colour, linewidth=1, label=f"step ratio{of}")
         tail = style.thin(run.series("step/ghost_ratio_p99"))
         if tail[0].size and len(runs) == 1:  # several runs: one line each is all that stays legible
             axes.plot(*tail, color=style.COLOURS[5], linewidth=0.9, label="99th percentile of the loss terms")
+        axes.plot(*style.thin(run.series("step/ghost_ratio")), color=colour, linewidth=1, label=f"step ratio{of}")
         steps, scale = run.series("step/clip_scale")
         at = steps[scale < 1]
         if at.size:
@@ -170,7 +170,8 @@ def noise_scale(runs: Sequence[Run]) -> Figure:
         colour, positive = style.run_colour(index), values > 0  # an estimate below zero found no signal at all
         steps, values = steps[positive], values[positive]
         axes.plot(*style.thin((steps, values)), ".", color=colour, markersize=4, alpha=0.45)
-        smoothed = style.thin((steps, style.smooth(values, windows=8)))
+        # In logarithms: an estimate that found next to no signal is orders of magnitude off.
+        smoothed = style.thin((steps, np.exp(style.smooth(np.log(values), windows=8))))
         axes.plot(*smoothed, color=colour, label=_of(run, runs, bare=True))
     _log_if_positive(axes)
     style.label(axes, STEP, "gradient noise scale (samples)")

@@ -106,7 +106,8 @@ def short_names(names: Sequence[str]) -> list[str]:
     keep the names different.
     """
     parts = [(name.removesuffix(".weight") or name).split(".") for name in names]
-    kept = [1] * len(names)
+    # A bare number says too little: net.2, not 2.
+    kept = [2 if split[-1].isdigit() and len(split) > 1 else 1 for split in parts]
 
     def shorten(split: list[str], tail: int) -> str:
         head = split[: len(split) - tail]

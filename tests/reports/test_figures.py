@@ -86,6 +86,15 @@ def test_clipped_steps_are_marked_where_they_happened(runs):
     assert axes.get_yscale() == "log"
 
 
+def test_the_noise_scale_is_smoothed_in_logarithms(tmp_path):
+    rows = "".join(f"{step},{1e9 if step == 16 else 100}\n" for step in range(33)) + "33,inf\n34,-5\n"
+    (tmp_path / "metrics.csv").write_text("step,layer/noise_scale\n" + rows)
+    points, line = figures.noise_scale([load_run(tmp_path)]).axes[0].get_lines()
+    assert points.get_ydata().tolist().count(100) == 32
+    assert max(line.get_ydata()) == pytest.approx(100 * 1e7 ** (1 / 5))  # a geometric mean over five
+    assert line.get_xdata()[-1] == 32
+
+
 def test_negative_curvature_is_drawn(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,curvature/sharpness,curvature/threshold\n0,-2,10\n1,5,10\n")
     axes = figures.sharpness([load_run(tmp_path)]).axes[0]
@@ -133,6 +142,7 @@ def test_saves_png_and_svg(tmp_path):
         (["model.layers.3.self_attn.q_proj.weight", "lm_head.weight"], ["3.q_proj", "lm_head"]),
         (["h.0.attn.c_proj.weight", "h.0.mlp.c_proj.weight"], ["0.attn.c_proj", "0.mlp.c_proj"]),
         (["a.q.weight", "a.q.bias", "b.k.bias"], ["q", "q.bias", "k.bias"]),
+        (["net.0.weight", "net.0.bias", "net.2.weight"], ["net.0", "0.bias", "net.2"]),
         (["same", "same"], ["same", "same"]),
     ],
 )
