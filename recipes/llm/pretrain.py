@@ -29,7 +29,7 @@ class Pretrain(L.LightningModule):
     predicts label ``i + 1``; labels of -100 are ignored. The model is made in ``configure_model``, when the data
     module's tokenizer is known.
 
-    Logs ``train/loss`` (nats a token), ``train/tokens_per_s``, ``train/nonfinite`` once there was one, ``val/loss``,
+    Logs ``train/loss`` (nats a token), ``train/tokens_per_s``, ``train/nonfinite`` (steps skipped so far), ``val/loss``,
     ``val/perplexity`` (per token), and ``val/bits_per_byte`` where the data module knows its bytes per token, which
     compares across tokenizers and with compressors.
 
@@ -183,12 +183,12 @@ class Pretrain(L.LightningModule):
         # One host synchronisation an optimizer step, and one decision for all ranks.
         finite = torch.stack(self._window_losses).isfinite().all()
         self._window_losses.clear()
-        if self.trainer.strategy.reduce(finite.float(), reduce_op="mean") == 1:
-            self._nonfinite_in_a_row = 0
+        good = bool(self.trainer.strategy.reduce(finite.float(), reduce_op="mean") == 1)
+        self._nonfinite += not good
+        self._nonfinite_in_a_row = 0 if good else self._nonfinite_in_a_row + 1
+        self.log("train/nonfinite", float(self._nonfinite))  # at every step: Lightning drops what falls between rows
+        if good:
             return
-        self._nonfinite += 1
-        self._nonfinite_in_a_row += 1
-        self.log("train/nonfinite", float(self._nonfinite))
         if self.on_nonfinite == "raise" or self._nonfinite_in_a_row >= self.max_nonfinite:
             raise RuntimeError(
                 f"the loss was not finite {self._nonfinite_in_a_row} step(s) in a row, last at step "

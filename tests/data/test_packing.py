@@ -1,5 +1,6 @@
 """Split, packing and the bigram floor, each against a brute-force twin."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -59,7 +60,7 @@ def test_a_lone_document_is_cut_at_a_line_end():
 def test_bigram_floor_is_the_conditional_entropy():
     text = "abracadabra äö abra\n" * 3 + "cab"
     data = ["", *[bytes([b]) for b in text.encode()]]
-    pairs, rows = Counter(zip(data, data[1:], strict=False)), Counter(data[:-1])
+    pairs, rows = Counter(itertools.pairwise(data)), Counter(data[:-1])
     bits = -sum(n * math.log2(n / rows[a]) for (a, _), n in pairs.items())
     assert bigram_floor([text]) == pytest.approx(bits / len(text.encode()), abs=1e-12)
 

@@ -140,4 +140,3 @@ def test_a_corpus_that_does_not_serve_is_refused_in_setup(tmp_path):
         module(tmp_path, "x" * 100, val_fraction=0.02).setup()
     with pytest.raises(ValueError, match="max_bytes=3 is less than the first document"):
         module(tmp_path, "abcdef", max_bytes=3).setup()
-

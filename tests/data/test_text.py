@@ -92,9 +92,7 @@ def hf_folder(path: Path, **special) -> str:
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     words = ["[unk]", "</s>", "alpha", "beta", "gamma", "delta", "epsilon"]
-    inner = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]")
-    )
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[unk]", **special).save_pretrained(path)
     return str(path)
