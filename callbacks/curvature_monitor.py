@@ -39,25 +39,25 @@ class CurvatureMonitor(Callback):
     A monitor: it changes nothing. On a probe batch, in eval mode, it builds one graph and takes all products with the
     Hessian H from it:
 
-    - ``curvature/sharpness``: largest eigenvalue of H, by Lanczos to a true relative residual of ``tol``, warm-started from the
-      last eigenvector; ``curvature/residual`` is the residual reached;
-    - ``curvature/threshold`` and ``curvature/eos_ratio``: where the optimizer's edge of stability lies, and the sharpness in its own
-      metric over it: of H itself for SGD, ``curvature/preconditioned_sharpness`` for Adam(W), ``curvature/generalized_sharpness``
-      for optimizers with a norm. Runs with a constant rate climb to 1 and hover there; far above 1 for long, the loss
-      explodes. Small probe batches overestimate it;
-    - ``curvature/directional``: ``u^T H u`` along the last update, and ``curvature/step_quadratic``: ``p^T H p / (2 |g^T p|)``, above 1 where the
-      quadratic model says that the step went too far (any optimizer);
+    - ``curvature/sharpness``: largest eigenvalue of H, by Lanczos to a true relative residual of ``tol``, warm-started
+      from the last eigenvector; ``curvature/residual`` is the residual reached;
+    - ``curvature/threshold`` and ``curvature/eos_ratio``: where the optimizer's edge of stability lies, and the
+      sharpness in its own metric over it: of H itself for SGD, ``curvature/preconditioned_sharpness`` for Adam(W),
+      ``curvature/generalized_sharpness`` for optimizers with a norm. Runs with a constant rate climb to 1 and hover
+      there; far above 1 for long, the loss explodes. Small probe batches overestimate it;
+    - ``curvature/directional``: ``u^T H u`` along the last update, and ``curvature/step_quadratic``: ``p^T H p / (2
+      |g^T p|)``, above 1 where the quadratic model says that the step went too far (any optimizer);
     - ``curvature/trace`` and ``curvature/trace_stderr`` by Hutchinson, if ``trace_samples`` is not 0;
     - ``curvature/layer_sharpness/<name>``: largest eigenvalue of each block of H that ``layers`` matches.
 
-    Price, in gradients of the probe batch: about 2 for the graph, then 1 to 2 a product; 2 to 6 products for the sharpness
-    once warm, about 20 cold, up to 3 for the edge, 1 for the direction, 1 a trace sample.
+    Price, in gradients of the probe batch: about 2 for the graph, then 1 to 2 a product; 2 to 6 products for the
+    sharpness once warm, about 20 cold, up to 3 for the edge, 1 for the direction, 1 a trace sample.
 
     Args:
         every_n_steps: optimizer steps between two measurements; the first is measured.
         samples: samples in the probe batch; None for a whole batch. More cost more and bias the sharpness less.
-        fixed_batch: keep the first probe batch for the whole run, so that the curve shows the weights' doing and not the
-            batch's, and warm starts work best; False takes each measured step's own batch.
+        fixed_batch: keep the first probe batch for the whole run, so that the curve shows the weights' doing and not
+            the batch's, and warm starts work best; False takes each measured step's own batch.
         tol: relative residual of the eigenvalues.
         max_products: bound on the products of one Lanczos run; one that ends there is recorded with its residual.
         trace_samples: random vectors for the trace; 0 leaves it out.
@@ -127,7 +127,9 @@ class CurvatureMonitor(Callback):
         self._pace.begin(trainer)
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._pace.now and (self._batch is None or not self.fixed_batch):
             self._batch = (take_samples(batch, self.samples), batch_idx)
 
@@ -166,7 +168,11 @@ class CurvatureMonitor(Callback):
         reduced = over_ranks(H, self._trainer)
         warm: dict[str, Tensor] = {}
         sharpest = self._top(reduced, "sharpness", warm)
-        values: dict[str, Tensor | float] = {"loss": H.loss, "sharpness": sharpest.values[0], "residual": sharpest.residuals[0]}
+        values: dict[str, Tensor | float] = {
+            "loss": H.loss,
+            "sharpness": sharpest.values[0],
+            "residual": sharpest.residuals[0],
+        }
         p = H.flatten([self._moved.get(name) for name in probe.params])
         curved = torch.dot(p, reduced @ p)
         values["directional"] = curved / torch.dot(p, p)
@@ -212,7 +218,11 @@ class CurvatureMonitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # The probe batch and the eigenvectors are state: without them a resumed run would measure something else.
-        return {"pace": self._pace.state_dict(), "warm": dict(self._warm), "batch": self._batch if self.fixed_batch else None}
+        return {
+            "pace": self._pace.state_dict(),
+            "warm": dict(self._warm),
+            "batch": self._batch if self.fixed_batch else None,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

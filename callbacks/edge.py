@@ -54,18 +54,18 @@ def edge_of_stability(
 ) -> Edge | None:
     """Return the sharpness that ``optimizer`` is bounded by and its threshold, or None where theory has none.
 
-    Plain SGD and its momentum forms: the largest eigenvalue of H, against 2/lr and its relatives. Adam and AdamW: that of
-    ``P^-1 H``. Optimizers whose groups carry a ``norm`` (steps of fixed size in it): the generalised sharpness, against ``2
-    ||g||_* / lr``, because such a step equals gradient descent in that norm with rate ``lr / ||g||_*``; their momentum is
-    neglected, for no threshold with it is known. Sources: papers cited in ``evolute.geometry``.
+    Plain SGD and its momentum forms: the largest eigenvalue of H, against 2/lr and its relatives. Adam and AdamW: that
+    of ``P^-1 H``. Optimizers whose groups carry a ``norm`` (steps of fixed size in it): the generalised sharpness,
+    against ``2 ||g||_* / lr``, because such a step equals gradient descent in that norm with rate ``lr / ||g||_*``;
+    their momentum is neglected, for no threshold with it is known. Sources: papers cited in ``evolute.geometry``.
 
     Args:
         H: Hessian at the current weights.
         names: parameter names in the order of H.
         optimizer: the only optimizer of the run.
         params: live parameters by name.
-        rates: learning rate of each parameter in the last step; the largest enters the threshold, the others its metric.
-        backend: gives the optimizer's state.
+        rates: learning rate of each parameter in the last step; the largest enters the threshold, the others its
+        metric. backend: gives the optimizer's state.
         sharpness: largest eigenvalue of H.
         start: direction of the previous call, or None.
         products: at most so many products with H.
@@ -154,5 +154,3 @@ def _matrix_shape(p: Tensor) -> tuple[int, ...]:
 
 def _as_matrix(p: Tensor) -> Tensor:
     return p.flatten(1) if p.ndim > 2 else p
-
-

@@ -38,11 +38,11 @@ class LayerMonitor(Callback):
     - ``layer/update_ratio/<name>``: size of the step over that of the weights; healthy Adam runs sit near 1e-3;
     - ``layer/snr/<name>``: squared signal over squared noise of the step's gradient; below 1 the step is mostly noise;
 
-    and for all of them together ``layer/grad_norm``, ``layer/noise_scale`` (the simple gradient noise scale of McCandlish et
-    al., arXiv 1812.06162, appendix A, in samples: batches well below it are wasted on noise less than batches above it
-    are wasted on redundancy, so it estimates the critical batch size). Signal and noise come from two gradient estimates
-    a and b that the run computes anyway: ``<a, b>`` is the squared signal, ``|a - b|^2 / 2`` the squared noise; both are
-    averaged over ``memory`` measurements, for one pair says little.
+    and for all of them together ``layer/grad_norm``, ``layer/noise_scale`` (the simple gradient noise scale of
+    McCandlish et al., arXiv 1812.06162, appendix A, in samples: batches well below it are wasted on noise less than
+    batches above it are wasted on redundancy, so it estimates the critical batch size). Signal and noise come from two
+    gradient estimates a and b that the run computes anyway: ``<a, b>`` is the squared signal, ``|a - b|^2 / 2`` the
+    squared noise; both are averaged over ``memory`` measurements, for one pair says little.
 
     Args:
         every_n_steps: optimizer steps between two measurements; the first step is measured.
@@ -108,7 +108,9 @@ class LayerMonitor(Callback):
         self._pace.begin(trainer)
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._pace.now:
             sizes = [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
             self._samples = (sizes[0] if sizes else 1) * trainer.accumulate_grad_batches * trainer.world_size
@@ -154,7 +156,9 @@ class LayerMonitor(Callback):
         for name, s, v in zip(pair.first, *both.tolist(), strict=True):
             self._signal[name] = keep * self._signal.get(name, 0.0) + (1.0 - keep) * s
             self._variance[name] = keep * self._variance.get(name, 0.0) + (1.0 - keep) * v
-            self._values[f"snr/{name}"] = max(self._signal[name], 0.0) / self._variance[name] if self._variance[name] else float("inf")
+            self._values[f"snr/{name}"] = (
+                max(self._signal[name], 0.0) / self._variance[name] if self._variance[name] else float("inf")
+            )
         total, spread = sum(self._signal.values()), sum(self._variance.values())
         self._values["noise_scale"] = self._samples * spread / total if total > 0 else float("inf")
 

@@ -16,8 +16,8 @@ class MetricsCSV(Logger):
     """Log scalars to ``<folder>/metrics.csv``, one row per optimizer step.
 
     Unlike Lightning's ``CSVLogger`` it never deletes an earlier file: a resumed run continues it, after
-    :meth:`rewind` has dropped the rows that the resumed run will write again. Values logged at one step share a row; new
-    columns rewrite the file through a temporary one, so a killed process leaves the old file or the new, whole.
+    :meth:`rewind` has dropped the rows that the resumed run will write again. Values logged at one step share a row;
+    new columns rewrite the file through a temporary one, so a killed process leaves the old file or the new, whole.
 
     Args:
         folder: the run folder.
@@ -120,7 +120,8 @@ class MetricsCSV(Logger):
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the columns and the whole rows of a file; a last line that a killed process left unfinished is no row."""
-    text = path.read_text(newline="")
+    with path.open(newline="") as file:
+        text = file.read()
     text = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(text.splitlines())
     rows = [{name: value for name, value in row.items() if value != ""} for row in reader]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -11,11 +11,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
-from evolute.callbacks.access import Action, GradientPairs, OptimizerStep, Stage, attach, backend_for, detach, named_parameters
-from evolute.callbacks.access import recover, require
+from evolute.callbacks.access import (
+    Action,
+    GradientPairs,
+    OptimizerStep,
+    Stage,
+    attach,
+    backend_for,
+    detach,
+    named_parameters,
+    recover,
+    require,
+)
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
-from evolute.geometry import batched_dual_norms, noise_ema, noise_ratios
+from evolute.geometry import Norm, batched_dual_norms, noise_ema, noise_ratios
 from evolute.optim import parameter_norms
 
 
@@ -91,7 +101,7 @@ class NoiseAdaptiveLR(Callback):
         self._pairs = GradientPairs(estimator, self.should_measure)
         self._actions = (Action(Stage.SCALE, self._scale), Action(Stage.OBSERVE, self._record))
         self._params: dict[str, Tensor] = {}
-        self._norm_of: dict[str, str] = {}
+        self._norm_of: dict[str, Norm] = {}
         self._steps_seen = 0
         self._noise: dict[str, float] = {}
         self._ratios: dict[str, float] = {}
@@ -107,7 +117,8 @@ class NoiseAdaptiveLR(Callback):
             return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"NoiseAdaptiveLR scales the steps of automatic optimisation; {type(pl_module).__name__} optimises manually"
+                f"NoiseAdaptiveLR scales the steps of automatic optimisation, and {type(pl_module).__name__} "
+                "optimises manually"
             )
         self._backend = backend_for(trainer, "NoiseAdaptiveLR")
         require(self._backend, "NoiseAdaptiveLR", gradients="use another strategy", scaling="use another strategy")
@@ -125,13 +136,14 @@ class NoiseAdaptiveLR(Callback):
                 f"{type(pl_module).__name__} trains: there is nothing to adapt"
             )
         try:
-            norm_of = {n.replace("_orig_mod.", ""): norm for n, norm in parameter_norms(pl_module, self.norms).items()}
+            norms: dict[str, Norm] = parameter_norms(pl_module, self.norms)
         except ValueError as error:
             raise MisconfigurationException(f"NoiseAdaptiveLR(norms=...): {error}") from error
+        norm_of = {name.replace("_orig_mod.", ""): norm for name, norm in norms.items()}
         for optimizer in trainer.optimizers:  # an optimizer that has a norm for a group knows best
             for group in optimizer.param_groups:
                 ids = {id(p) for p in group["params"]} if self.norms is None and "norm" in group else set()
-                norm_of.update({n: group["norm"] for n, p in self._params.items() if id(p) in ids})
+                norm_of.update({n: cast(Norm, group["norm"]) for n, p in self._params.items() if id(p) in ids})
         self._norm_of = {name: norm_of[name] for name in self._params}
         self._noise = {name: self._noise.get(name, 0.0) for name in self._params}
         self._trainer = trainer
@@ -155,7 +167,7 @@ class NoiseAdaptiveLR(Callback):
     def _update(self, trainer: L.Trainer, differences: Mapping[str, Tensor]) -> None:
         """Fold one noise sample into H and renew the ratios; a sample that is not finite changes nothing."""
         names = list(differences)
-        norms = [self._norm_of[n] for n in names]
+        norms: list[Norm] = [self._norm_of[n] for n in names]
         duals = batched_dual_norms(list(differences.values()), norms, scaled=self.dual == "scaled")
         sample = duals.double().square().cpu()
         if not bool(sample.isfinite().all()):

@@ -1,7 +1,7 @@
 """When a callback measures, and what that costs."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 class Pace:
     """The cadence of one monitor: every so many optimizer steps, less often if it would cost too much.
 
-    It counts optimizer steps itself (``trainer.global_step`` is moved only after them) and decides one step ahead, since
-    some measurements begin a step early. With a budget, a measurement that is due is put off by another
-    ``every_n_steps`` while the time already spent exceeds ``budget`` times the wall-clock of the fit; rank 0 decides and
-    tells the others. Without one the cadence depends on the step alone.
+    It counts optimizer steps itself (``trainer.global_step`` is moved only after them) and decides one step ahead,
+    since some measurements begin a step early. With a budget, a measurement that is due is put off by another
+    ``every_n_steps`` while the time already spent exceeds ``budget`` times the wall-clock of the fit; rank 0 decides
+    and tells the others. Without one the cadence depends on the step alone.
 
-    Call :meth:`begin` in ``on_train_start``, :meth:`open` in ``on_before_optimizer_step`` and :meth:`close` once the step is
-    done and measured.
+    Call :meth:`begin` in ``on_train_start``, :meth:`open` in ``on_before_optimizer_step`` and :meth:`close` once the
+    step is done and measured.
 
     Args:
         who: the callback's name, for messages.
@@ -85,7 +85,7 @@ class Pace:
         return bool(trainer.strategy.broadcast(within)) if trainer.world_size > 1 else within
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
+    def timed(self) -> Generator[None]:
         """Count the time of the block as spent."""
         begin = time.perf_counter()
         try:

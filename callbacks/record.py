@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -44,7 +45,8 @@ def record_arrays(trainer: L.Trainer, prefix: str, arrays: Mapping[str, Tensor],
         return
     folder = Path(trainer.default_root_dir) / "arrays" / prefix
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"{step:08d}.npz", **{name: a.detach().cpu().numpy() for name, a in arrays.items()})
+    host: dict[str, Any] = {name: a.detach().cpu().numpy() for name, a in arrays.items()}
+    np.savez(folder / f"{step:08d}.npz", **host)
 
 
 def finite(values: Mapping[str, float]) -> bool:

@@ -23,11 +23,11 @@ class RunCheckpoint(Callback):
     """Save everything a run needs to go on as if it had not been interrupted.
 
     Stock Lightning saves inside a step (before its validation, its log row, its epoch end), keeps no random state, and
-    after a resume replays the epoch's batches and shifts its step counters. This callback saves at the *start* of the next
-    batch, when all that belongs to the step is done, and puts a resumed run back to that very point: random states of
-    Python, NumPy, torch and CUDA on every rank, loop counters, and the rows of :class:`MetricsCSV`. With a data module that
-    knows its position (``evolute.data``) the next batch is the next batch. A checkpoint is written beside its name and
-    moved there whole.
+    after a resume replays the epoch's batches and shifts its step counters. This callback saves at the *start* of the
+    next batch, when all that belongs to the step is done, and puts a resumed run back to that very point: random
+    states of Python, NumPy, torch and CUDA on every rank, loop counters, and the rows of :class:`MetricsCSV`. With a
+    data module that knows its position (``evolute.data``) the next batch is the next batch. A checkpoint is written
+    beside its name and moved there whole.
 
     Put it first among the callbacks, so that no other one acts on the next batch before the state is saved.
 
@@ -53,7 +53,9 @@ class RunCheckpoint(Callback):
         self._restore: dict[str, Any] | None = None
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self._restore is not None:
             self._put_back(trainer, self._restore)
             self._restore = None
@@ -77,7 +79,7 @@ class RunCheckpoint(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
             os.replace(temporary, path)
             for old in checkpoints(folder)[: -self.keep]:
@@ -93,7 +95,9 @@ class RunCheckpoint(Callback):
             "module": module_path(pl_module),
             "random": _gathered(trainer, _random_state()),
             "log_step": epoch_loop._batches_that_stepped,
-            "progress": {name: p.state_dict() for name, p in _progress(trainer).items()} if self._at_batch_start else None,
+            "progress": {name: p.state_dict() for name, p in _progress(trainer).items()}
+            if self._at_batch_start
+            else None,
         }
 
     @override
@@ -101,7 +105,8 @@ class RunCheckpoint(Callback):
         saved = checkpoint.get(_KEY)
         if saved is None:
             raise MisconfigurationException(
-                "this checkpoint was not written by RunCheckpoint, so the run cannot be continued exactly; load its weights instead"
+                "this checkpoint was not written by RunCheckpoint, so the run cannot be continued exactly; "
+                "load its weights instead"
             )
         self._restore = saved
         self._saved_step = int(checkpoint["global_step"])

@@ -29,19 +29,20 @@ from evolute.geometry import directional_logits, logit_spread, secant_spread
 class StepRadius(Callback):
     """Compare each step with the distance at which the loss stops being analytic along it ("ghosts of softmax").
 
-    For a loss that is linear in the logits plus a log-sum-exp (cross-entropy, binary cross-entropy), the Taylor series along
-    an update p converges at least out to ``rho = pi / max spread``, where the spread is that of the logits' change per unit
-    of p over the classes, at its largest over the loss terms (arXiv 2603.13552). The ratio ``r = ||p|| / rho``, free of
-    units, is then the largest change of a logit difference in this step, over pi. ``r < 1`` is sufficient for the step to be
-    reliable, never necessary; healthy runs sit well below 1, and single steps above about 10 do damage.
+    For a loss that is linear in the logits plus a log-sum-exp (cross-entropy, binary cross-entropy), the Taylor series
+    along an update p converges at least out to ``rho = pi / max spread``, where the spread is that of the logits'
+    change per unit of p over the classes, at its largest over the loss terms (arXiv 2603.13552). The ratio ``r = ||p||
+    / rho``, free of units, is then the largest change of a logit difference in this step, over pi. ``r < 1`` is
+    sufficient for the step to be reliable, never necessary; healthy runs sit well below 1, and single steps above
+    about 10 do damage.
 
-    Records ``step/norm``, ``step/ghost_ratio``, ``step/ghost_radius`` (at the largest spread) and both at the 99th percentile of
-    the loss terms. Two forward passes of ``samples`` samples a measurement.
+    Records ``step/norm``, ``step/ghost_ratio``, ``step/ghost_radius`` (at the largest spread) and both at the 99th
+    percentile of the loss terms. Two forward passes of ``samples`` samples a measurement.
 
     ``mode="monitor"`` changes nothing. ``mode="clip"`` is an intervention: after every step the update is shortened to
-    ``target`` where it exceeds it, ``theta <- theta_old + s (theta_new - theta_old)``, with the ratio evaluated again after it (at
-    most two rounds, for logits are curved). Moments are not rolled back; weight decay is shortened alike. It holds one
-    copy of the parameters during each step, and measures every step.
+    ``target`` where it exceeds it, ``theta <- theta_old + s (theta_new - theta_old)``, with the ratio evaluated again
+    after it (at most two rounds, for logits are curved). Moments are not rolled back; weight decay is shortened alike.
+    It holds one copy of the parameters during each step, and measures every step.
 
     Args:
         every_n_steps: optimizer steps between two measurements; the first is measured. Clipping needs 1.
@@ -77,7 +78,9 @@ class StepRadius(Callback):
         if samples is not None and samples < 1:
             raise MisconfigurationException(f"StepRadius(samples={samples}): must be at least 1, or None for all")
         if mode == "clip" and estimator == "jvp":
-            raise MisconfigurationException('StepRadius(mode="clip") evaluates the shortened step, so it needs estimator="secant"')
+            raise MisconfigurationException(
+                'StepRadius(mode="clip") evaluates the shortened step, so it needs estimator="secant"'
+            )
         self.mode = mode
         self.target = target
         self.estimator = estimator
@@ -99,7 +102,8 @@ class StepRadius(Callback):
         refuse_manual_without_loss(pl_module, "StepRadius")
         if self.mode == "clip" and not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f'StepRadius(mode="clip") limits the steps of automatic optimisation; {type(pl_module).__name__} optimises manually'
+                f'StepRadius(mode="clip") limits the steps of automatic optimisation, and {type(pl_module).__name__} '
+                "optimises manually"
             )
 
     @override
@@ -112,7 +116,9 @@ class StepRadius(Callback):
         self._pace.begin(trainer)
 
     @override
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         # Of an accumulated step the last micro-batch counts. Copied now: the step may change its batch in place.
         if self._pace.now:
             self._batch = (take_samples(batch, self.samples), batch_idx)
@@ -144,7 +150,8 @@ class StepRadius(Callback):
     def _measure(self, step: OptimizerStep) -> None:
         with self._pace.timed():
             moved = [p.detach() - step.before[n] for n, p in step.params.items()]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moved, 2, dtype=torch.float32)))
+            wide = torch.promote_types(moved[0].dtype, torch.float32)
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moved, 2, dtype=wide)))
             spread = self._spread(step, norm)
             values = self._ratios(spread, norm)
             if self.mode == "clip":
@@ -160,7 +167,10 @@ class StepRadius(Callback):
         with probing(self._trainer, self._module, *self._batch) as probe:
             origin = {name: value.to(probe.params[name].dtype) for name, value in step.before.items()}
             point = {name: origin.get(name, p.detach()) for name, p in probe.params.items()}
-            direction = {name: step.params[name].detach().to(p.dtype) - p if name in origin else torch.zeros_like(p) for name, p in point.items()}
+            direction = {
+                name: step.params[name].detach().to(p.dtype) - p if name in origin else torch.zeros_like(p)
+                for name, p in point.items()
+            }
             return logit_spread(directional_logits(probe.logits, point, direction))
 
     def _ratios(self, spread: Tensor, norm: Tensor) -> dict[str, Tensor | float]:

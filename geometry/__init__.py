@@ -19,7 +19,7 @@ from evolute.geometry.curvature import (
     top_eigenpairs,
     trace_samples,
 )
-from evolute.geometry.norms.lmo import batched_dual_norms, batched_lmo, dual_norm, lmo, norm_scale, nuclear_norm
+from evolute.geometry.norms.lmo import Norm, batched_dual_norms, batched_lmo, dual_norm, lmo, norm_scale, nuclear_norm
 from evolute.geometry.norms.noise import noise_ema, noise_ratios
 from evolute.geometry.norms.orthogonalize import newton_schulz, polar_express
 from evolute.geometry.steps import (
@@ -42,6 +42,7 @@ __all__ = [
     "GeneralizedSharpness",
     "Hessian",
     "NoiseScale",
+    "Norm",
     "Preconditioned",
     "SymmetricOperator",
     "TraceSamples",

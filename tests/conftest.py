@@ -1,6 +1,7 @@
 """Small runs that most tests of callbacks share."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -41,15 +42,15 @@ def trainer_of(callbacks: list[Callback], **kwargs: Any) -> L.Trainer:
 
 def fit(
     callbacks: list[Callback],
-    module: L.LightningModule | None = None,
+    module: L.LightningModule | Callable[[], L.LightningModule] = Regression,
     data: Any = None,
     seed: int = 0,
     ckpt_path: str | None = None,
     **kwargs: Any,
 ) -> tuple[L.LightningModule, L.Trainer]:
-    """Train a small module, with everything seeded; return it and its trainer."""
+    """Seed everything, build the module if a function is given, train it; return it and its trainer."""
     L.seed_everything(seed, verbose=False)
-    module = module if module is not None else Regression()
+    module = module if isinstance(module, L.LightningModule) else module()
     data = data if data is not None else DataLoader(regression_data(), batch_size=4)
     trainer = trainer_of(callbacks, **kwargs)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)

@@ -39,7 +39,7 @@ class Regression(L.LightningModule):
 
 
 class Classifier(L.LightningModule):
-    """An MLP with dropout, batch norm, a metric, a growing list and random augmentation: all that a probe may disturb."""
+    """An MLP with dropout, batch norm, a metric, a growing list, random augmentation: what a probe may disturb."""
 
     def __init__(self, optimizer: str = "adamw", lr: float = 0.01, messy: bool = True, **options: Any) -> None:
         super().__init__()
@@ -86,6 +86,14 @@ class Late(Classifier):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+
+
+class Compiled(Classifier):
+    """Its network is compiled in place, as one does in practice."""
+
+    def __init__(self) -> None:
+        super().__init__(messy=False)
+        self.net = torch.compile(self.net, backend="aot_eager")  # type: ignore[assignment]
 
 
 class TwoOptimizers(L.LightningModule):

@@ -37,7 +37,7 @@ class Backend(Protocol):
     capabilities: Capabilities
 
     def gradients(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients that exist, by name: reduced over ranks and unscaled, valid in ``on_before_optimizer_step``."""
+        """Return the gradients that exist, by name, reduced and unscaled; valid in ``on_before_optimizer_step``."""
         ...
 
     def optimizer_state(self, optimizer: Optimizer, param: Tensor) -> Mapping[str, Any]:
@@ -69,8 +69,8 @@ def backend_for(trainer: L.Trainer, who: str) -> Backend:
     if type(strategy) is SingleDeviceStrategy or isinstance(strategy, DDPStrategy):
         return PlainBackend()
     raise MisconfigurationException(
-        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process or under DDP. "
-        'Use Trainer(strategy="auto") on one device or strategy="ddp", or remove the callback'
+        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process or under "
+        'DDP. Use Trainer(strategy="auto") on one device or strategy="ddp", or remove the callback'
     )
 
 
@@ -85,7 +85,9 @@ def require(backend: Backend, who: str, **needs: str) -> None:
         if flag not in known:
             raise ValueError(f"unknown capability {flag!r}; known: {', '.join(sorted(known))}")
         if not getattr(backend.capabilities, flag):
-            raise MisconfigurationException(f"{who} needs {flag.replace('_', ' ')}, which this strategy cannot give: {instead}")
+            raise MisconfigurationException(
+                f"{who} needs {flag.replace('_', ' ')}, which this strategy cannot give: {instead}"
+            )
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -34,10 +34,10 @@ class GradientPair:
 class GradientPairs:
     """Collect gradient pairs at the steps that ``wanted`` asks for.
 
-    ``consecutive``: the gradients of two steps in a row (LANTON's practical option, arXiv 2510.14009). It needs one copy
-    of the gradient from the step before a measurement to the measurement, and the drift of the true gradient between
-    the steps counts as noise. ``split``: the two halves of the micro-batches of one step, at the same weights, without
-    drift; it needs ``accumulate_grad_batches >= 2`` and one copy of the gradient from half-way to the step.
+    ``consecutive``: the gradients of two steps in a row (LANTON's practical option, arXiv 2510.14009). It needs one
+    copy of the gradient from the step before a measurement to the measurement, and the drift of the true gradient
+    between the steps counts as noise. ``split``: the two halves of the micro-batches of one step, at the same weights,
+    without drift; it needs ``accumulate_grad_batches >= 2`` and one copy of the gradient from half-way to the step.
 
     Call :meth:`after_backward` in ``on_after_backward`` and :meth:`pair` once in ``on_before_optimizer_step``.
     """
@@ -66,7 +66,9 @@ class GradientPairs:
             return
         self._micro_batches += 1
         if self._micro_batches == trainer.accumulate_grad_batches // 2 and self._wanted(step):
-            self._held = {n: _reduced(trainer, g.clone()) for n, g in backend.gradients(named_parameters(module)).items()}
+            self._held = {
+                n: _reduced(trainer, g.clone()) for n, g in backend.gradients(named_parameters(module)).items()
+            }
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             if scaler is not None:
                 torch._foreach_div_(list(self._held.values()), scaler.get_scale())
@@ -102,7 +104,7 @@ class GradientPairs:
         self._held = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the gradient held between two steps, so that a resumed run measures what an uninterrupted one would."""
+        """Return the gradient held between two steps: a resumed run measures what an uninterrupted one would."""
         return {"held": self._held if self.source == "consecutive" else {}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

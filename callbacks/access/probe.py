@@ -1,8 +1,7 @@
 """Evaluate the loss of the live module on a captured batch, as often as a probe needs, without a trace."""
 
-import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
@@ -44,8 +44,8 @@ class RecordLogits(TorchFunctionMode):
     """Record what goes into ``cross_entropy`` and ``binary_cross_entropy_with_logits`` while it is active.
 
     Attributes:
-        rows: one tensor [n, K] a call: the logits of the terms that count (``ignore_index`` left out). A binary loss gives
-            [n, 2] with a zero column: each logit is a two-class problem of its own.
+        rows: one tensor [n, K] a call: the logits of the terms that count (``ignore_index`` left out). A binary loss
+            gives [n, 2] with a zero column: each logit is a two-class problem of its own.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,8 @@ class Probe:
         """Return the logits [n, K] that the loss is taken of, at ``params`` (default: this probe's own).
 
         Raises:
-            MisconfigurationException: if the loss goes through no torch cross-entropy and ``loss_on`` returns no logits.
+            MisconfigurationException: if the loss goes through no torch cross-entropy and ``loss_on`` returns no
+                logits.
         """
         with RecordLogits() as recorder:
             result = self._run(params)
@@ -113,7 +114,11 @@ class Probe:
         kinds = {rows.shape[1] for rows in recorder.rows}
         if len(kinds) == 1:
             return torch.cat(recorder.rows)
-        found = "no torch cross-entropy call" if not kinds else f"cross-entropy calls over different class counts {sorted(kinds)}"
+        found = (
+            "no torch cross-entropy call"
+            if not kinds
+            else f"cross-entropy calls over different class counts {sorted(kinds)}"
+        )
         raise MisconfigurationException(
             f"{type(self._module).__name__}: {found} found in its loss, so the logits are unknown. Add to the module\n"
             "    def loss_on(self, batch):\n"
@@ -149,19 +154,19 @@ def _loss_of_step(module: L.LightningModule, batch: Any, batch_idx: int) -> Tens
     # torch.compile over a whole LightningModule replaces training_step; the original is kept here.
     compiled: Mapping[str, Any] = getattr(module, "_compiler_ctx", None) or {}
     step = cast("Callable[..., Any]", compiled.get("original_training_step", module.training_step))
-    takes_index = "batch_idx" in inspect.signature(step).parameters
-    kwargs: dict[str, Any] = {"batch_idx": batch_idx} if takes_index else {}
-    output = step(batch, **kwargs)
+    takes_index = is_param_in_hook_signature(step, "batch_idx", min_args=2)
+    output = step(batch, batch_idx) if takes_index else step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise MisconfigurationException(
-            f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss: define loss_on(batch) for probes"
+            f"{type(module).__name__}.training_step returned {type(loss).__name__}, not a loss: "
+            "define loss_on(batch) for probes"
         )
     return loss
 
 
 @contextmanager
-def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Iterator[Probe]:
+def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Generator[Probe]:
     """Open a :class:`Probe` on ``batch``; on leaving, module, generators and gradients are as they were."""
     with ExitStack() as stack:
         stack.enter_context(untouched(module))
@@ -176,7 +181,7 @@ def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx
 
 
 @contextmanager
-def _full_precision_default(trainer: L.Trainer) -> Iterator[None]:
+def _full_precision_default(trainer: L.Trainer) -> Generator[None]:
     """Keep ``64-true`` runs in double; half-precision runs are widened to float32, the default."""
     double = getattr(trainer.precision_plugin, "precision", "") == "64-true"
     before = torch.get_default_dtype()
@@ -188,13 +193,14 @@ def _full_precision_default(trainer: L.Trainer) -> Iterator[None]:
 
 
 def refuse_manual_without_loss(module: L.LightningModule, who: str) -> None:
-    """Refuse a module under manual optimisation that has no ``loss_on``: its ``training_step`` would step the optimizer.
+    """Refuse a module under manual optimisation that has no ``loss_on``: its ``training_step`` would step the
+    optimizer.
 
     Raises:
         MisconfigurationException: with the lines to add.
     """
     if not module.automatic_optimization and not isinstance(module, ProbeLoss):
         raise MisconfigurationException(
-            f"{who} re-evaluates the loss, and {type(module).__name__} optimises manually, so its training_step cannot be "
-            "called again. Add a method loss_on(self, batch) that returns the loss to watch"
+            f"{who} re-evaluates the loss, and {type(module).__name__} optimises manually, so its training_step "
+            "cannot be called again. Add a method loss_on(self, batch) that returns the loss to watch"
         )

@@ -12,23 +12,41 @@ class FlatOperator(Protocol):
     """A symmetric operator over flattened parameters, with the gradient at its point."""
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size:
+        """``(P, P)``."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype of products."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Device of products."""
+        ...
+
     @property
-    def gradient(self) -> Tensor: ...
-    def flatten(self, parts: Sequence[Tensor | None]) -> Tensor: ...
-    def unflatten(self, v: Tensor) -> list[Tensor]: ...
+    def gradient(self) -> Tensor:
+        """Gradient at the point, flat [P]."""
+        ...
+
+    def flatten(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Join one tensor a parameter into a flat [P] vector."""
+        ...
+
+    def unflatten(self, v: Tensor) -> list[Tensor]:
+        """Split a flat [P] vector into tensors of the parameters' shapes."""
+        ...
+
     def __matmul__(self, v: Tensor, /) -> Tensor: ...
 
 
 class MeanOverRanks:
     """The mean of every rank's operator: one all-reduce of a flat vector a product.
 
-    Every rank must make the same products in the same order; vectors come out equal on all ranks, so what Lanczos decides
-    from them does too.
+    Every rank must make the same products in the same order; vectors come out equal on all ranks, so what Lanczos
+    decides from them does too.
     """
 
     def __init__(self, H: FlatOperator, trainer: L.Trainer) -> None:

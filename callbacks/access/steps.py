@@ -138,8 +138,8 @@ class StepDoor:
         if any(action.stage < Stage.OBSERVE for action in self._actions):
             self.recover()
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} evaluates its closure more than once a step; a callback that changes steps "
-                "needs an optimizer that evaluates it once (SGD, Adam, Muon, ...)"
+                f"{type(optimizer).__name__} evaluates its closure more than once a step; a callback that changes "
+                "steps needs an optimizer that evaluates it once (SGD, Adam, Muon, ...)"
             )
 
     def _before_update(self, step: OptimizerStep) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,20 +12,30 @@ import torch
 from torch import Tensor, nn
 
 # What nn.Module, LightningModule and the hooks machinery keep in __dict__: structure, not state that a step changes.
-_STRUCTURE = {"_parameters", "_buffers", "_modules", "_trainer", "_fabric", "_example_input_array", "_non_persistent_buffers_set"}
+_STRUCTURE = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_trainer",
+    "_fabric",
+    "_example_input_array",
+    "_non_persistent_buffers_set",
+}
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Generator[None]:
     """Restore, on the way out, everything about ``module`` and the random generators that a forward pass may change.
 
-    That is: buffers (batch-norm statistics), train/eval flags, plain attributes of every submodule, with the contents of
-    lists, dicts, sets and tensors among them (torchmetrics states, a list that the step appends to), ``.grad``, and the
-    Python, NumPy, torch and CUDA random states. Identity is kept too: the same list object, the same tensor, at any
+    That is: buffers (batch-norm statistics), train/eval flags, plain attributes of every submodule, with the contents
+    of lists, dicts, sets and tensors among them (torchmetrics states, a list that the step appends to), ``.grad``, and
+    the Python, NumPy, torch and CUDA random states. Identity is kept too: the same list object, the same tensor, at any
     depth. Parameters are not copied: nothing here may change them. Files, sockets and the insides of foreign objects
     cannot be restored; a module with such effects defines ``loss_on``.
     """
-    attributes = [(m.__dict__, {k: _snapshot(v) for k, v in m.__dict__.items() if k not in _STRUCTURE}) for m in module.modules()]
+    attributes = [
+        (m.__dict__, {k: _snapshot(v) for k, v in m.__dict__.items() if k not in _STRUCTURE}) for m in module.modules()
+    ]
     buffers = [(m._buffers, {k: _snapshot(b) for k, b in m._buffers.items()}) for m in module.modules()]
     grads = [(p, p.grad) for p in module.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
@@ -52,7 +62,7 @@ def _snapshot(value: Any) -> Callable[[], Any]:
         def tensor() -> Any:
             if value.shape != contents.shape or not torch.equal(value, contents):
                 with torch.no_grad():
-                    value.set_(contents) if value.shape != contents.shape else value.copy_(contents)
+                    value.resize_(contents.shape).copy_(contents)
             return value
 
         return tensor
@@ -96,7 +106,7 @@ def _snapshot(value: Any) -> Callable[[], Any]:
 
 
 @contextmanager
-def muted(module: L.LightningModule) -> Iterator[None]:
+def muted(module: L.LightningModule) -> Generator[None]:
     """Make ``self.log`` and ``self.log_dict`` of a module do nothing."""
 
     def silent(*args: Any, **kwargs: Any) -> None:

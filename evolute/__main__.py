@@ -1,0 +1,129 @@
+"""The command line. What needs no torch answers before torch is imported."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from evolute.registry import nearest, recipes, resolve, summary
+
+USAGE = """usage: evolute COMMAND ...
+
+  fit --config RECIPE       train; RECIPE is a packaged name (llm/pretrain) or a YAML file
+  validate, test, predict   the same, for a trained run: add --ckpt_path FILE
+  recipes                   list the packaged recipes
+  report RUN ...            write the HTML report of one run, or of several side by side
+  export CHECKPOINT FOLDER  write a language model as a Hugging Face folder
+  doctor                    versions, extras, devices, threads, as found on this machine
+
+  --any.key value overrides a value of the configuration; 'evolute fit --help' lists the keys
+  --run DIR      run folder (default: runs/<recipe>-<number>), --resume continues it
+  --wandb true   also log to Weights & Biases (offline unless logged in); --tensorboard true likewise
+"""
+
+TRAINING = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, or 2 for bad input with one line on stderr."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from evolute import __version__
+
+        print(f"evolute {__version__}")
+        return 0
+    command, rest = args[0], args[1:]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        **{name: _train(name) for name in TRAINING},
+        "recipes": _recipes,
+        "report": _report,
+        "export": _export,
+        "doctor": _doctor,
+    }
+    if command not in commands:
+        return fail(f"no command {command!r}{nearest(command, list(commands))}; 'evolute --help' lists the commands")
+    return commands[command](rest)
+
+
+def fail(message: str) -> int:
+    """Print one line of error and return exit code 2."""
+    print(f"evolute: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _train(command: str) -> Callable[[list[str]], int]:
+    def run(args: list[str]) -> int:
+        try:
+            args, names = _resolved(args)
+        except ValueError as error:
+            return fail(str(error))
+        wants_help = any(a in ("-h", "--help") or a.startswith("--help=") for a in args)
+        if not names and not wants_help:
+            return fail(f"{command} needs --config RECIPE; 'evolute recipes' lists the packaged ones")
+        print("evolute: loading torch and lightning ...", file=sys.stderr, flush=True)
+        from evolute.cli import train
+
+        return train(command, args, names)
+
+    return run
+
+
+def _resolved(args: list[str]) -> tuple[list[str], list[str]]:
+    """Turn the configurations' names into paths; return the arguments and the names as given."""
+    out: list[str] = []
+    names: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--config", "-c"):
+            if not rest or rest[0].startswith("-"):
+                raise ValueError("--config needs the name of a recipe or a YAML file")
+            names.append(rest.pop(0))
+            out += ["--config", str(resolve(names[-1]))]
+        elif word.startswith("--config="):
+            rest = ["--config", word.removeprefix("--config="), *rest]
+        elif word == "--resume" and (not rest or rest[0].startswith("-")):
+            out += ["--resume", "true"]  # a bare flag is what people type; the parser wants a value
+        else:
+            out.append(word)
+    return out, names
+
+
+def _recipes(args: list[str]) -> int:
+    if args:
+        return fail(f"recipes takes no arguments, got {args[0]!r}")
+    for name, path in recipes().items():
+        print(f"{name:24} {summary(path)}")
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from evolute.reports.cli import report_command
+
+    return report_command(args)
+
+
+def _export(args: list[str]) -> int:
+    if len(args) != 2 or args[0].startswith("-"):
+        return fail("export takes two arguments: CHECKPOINT FOLDER")
+    from evolute.recipes.llm import export
+
+    try:
+        export(args[0], args[1])
+    except (OSError, ValueError, RuntimeError) as error:
+        return fail(str(error))
+    print(f"wrote {args[1]}")
+    return 0
+
+
+def _doctor(args: list[str]) -> int:
+    if args:
+        return fail(f"doctor takes no arguments, got {args[0]!r}")
+    from evolute.doctor import doctor
+
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

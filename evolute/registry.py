@@ -1,0 +1,40 @@
+"""The packaged recipes: ``recipes/<task>/configs/<name>.yaml``, known by ``<task>/<name>``. Imports nothing heavy."""
+
+import difflib
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipes() -> dict[str, Path]:
+    """Return the packaged recipes, name to file."""
+    return {f"{p.parent.parent.name}/{p.stem}": p for p in sorted(RECIPES.glob("*/configs/*.yaml"))}
+
+
+def summary(path: Path) -> str:
+    """Return the first comment line of a recipe: what it is."""
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and line.strip("# "):
+            return line.strip("# ")
+    return ""
+
+
+def resolve(name: str) -> Path:
+    """Return the file of a configuration: a local path if there is one, else a packaged recipe.
+
+    Raises:
+        ValueError: if neither exists, with the nearest names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = recipes()
+    if name in known:
+        return known[name]
+    raise ValueError(f"no recipe or file named {name!r}{nearest(name, known)}; 'evolute recipes' lists the recipes")
+
+
+def nearest(word: str, known: "dict[str, Path] | list[str]") -> str:
+    """Return ``, did you mean ...?`` for a misspelt word, or nothing if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,119 @@
+"""Every callback, and what the generic conformance tests need to know of it.
+
+A callback enters the tests of ``tests/callbacks/test_contracts.py`` by being listed here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, StepRadius
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One callback under test.
+
+    Attributes:
+        make: builds it; keyword arguments override.
+        prefix: of the metrics it records.
+        metric: one scalar that every measurement records.
+        intervention: it may change the run; it then has ``dry_run`` and ``neutral`` arguments that reproduce the base
+            run.
+        neutral: those arguments.
+        first: first measured step when every step is measured.
+        bad: argument values it must refuse, each alone.
+    """
+
+    make: Callable[..., Callback]
+    prefix: str
+    metric: str
+    intervention: bool = False
+    neutral: Mapping[str, Any] = field(default_factory=dict)
+    first: int = 0
+    bad: tuple[Mapping[str, Any], ...] = ()
+
+
+def _curvature(**kwargs: Any) -> Callback:
+    return CurvatureMonitor(
+        **{"every_n_steps": 3, "samples": 8, "budget": None, "layers": ".*weight", "trace_samples": 2, **kwargs}
+    )
+
+
+def _radius(**kwargs: Any) -> Callback:
+    return StepRadius(**{"every_n_steps": 3, "budget": None, **kwargs})
+
+
+def _clip(**kwargs: Any) -> Callback:
+    return StepRadius(**{"mode": "clip", "target": 0.005, "samples": None, **kwargs})
+
+
+def _layers(**kwargs: Any) -> Callback:
+    return LayerMonitor(**{"every_n_steps": 3, "budget": None, **kwargs})
+
+
+def _noise(**kwargs: Any) -> Callback:
+    return NoiseAdaptiveLR(**kwargs)
+
+
+SETTINGS: dict[str, Setting] = {
+    "CurvatureMonitor": Setting(
+        _curvature,
+        "curvature",
+        "curvature/sharpness",
+        bad=(
+            {"every_n_steps": 0},
+            {"samples": 0},
+            {"tol": 0.0},
+            {"max_products": 1},
+            {"trace_samples": -1},
+            {"budget": 0.0},
+            {"budget": 1.5},
+        ),
+    ),
+    "StepRadius": Setting(
+        _radius,
+        "step",
+        "step/ghost_ratio",
+        bad=(
+            {"every_n_steps": 0},
+            {"mode": "stop"},
+            {"target": 0.0},
+            {"estimator": "guess"},
+            {"samples": 0},
+            {"mode": "clip", "estimator": "jvp"},
+        ),
+    ),
+    "StepRadius-clip": Setting(
+        _clip, "step", "step/clip_scale", intervention=True, neutral={"target": 1e9}, bad=({"target": -1.0},)
+    ),
+    "LayerMonitor": Setting(
+        _layers,
+        "layer",
+        "layer/grad_norm",
+        bad=({"every_n_steps": -1}, {"noise": "none"}, {"memory": 0}, {"budget": 2.0}),
+    ),
+    "NoiseAdaptiveLR": Setting(
+        _noise,
+        "noise",
+        "noise/time_ms",
+        intervention=True,
+        neutral={"power": 0.0},
+        first=1,
+        bad=(
+            {"alpha": 0.0},
+            {"alpha": -1.0},
+            {"alpha": "big"},
+            {"power": -0.5},
+            {"decay": 1.0},
+            {"every_n_steps": 0},
+            {"estimator": "third"},
+            {"dual": "both"},
+        ),
+    ),
+}
+
+MONITORS = {name: s for name, s in SETTINGS.items() if not s.intervention}
+INTERVENTIONS = {name: s for name, s in SETTINGS.items() if s.intervention}
