@@ -18,7 +18,8 @@ _STEP = {torch.float64: 6e-6, torch.float32: 5e-3, torch.float16: 2.5e-2, torch.
 def central_difference(
     point: Point, wanted: Sequence[int], parts: Sequence[Tensor], evaluate: Callable[[], list[Tensor]]
 ) -> list[Tensor]:
-    """Return the derivative of ``evaluate`` along ``parts``: ``(f(x + e u) - f(x - e u)) / 2e``, scaled by ``||parts||``.
+    """Return the derivative of ``evaluate`` along ``parts``: ``(f(x + e u) - f(x - e u)) / 2e``, scaled by
+    ``||parts||``.
 
     ``u`` is the unit vector along ``parts``. The error is of order ``e^2`` plus rounding over ``e``. The parameters are
     restored from copies, so they end bit-identical, also when ``evaluate`` raises.

@@ -5,9 +5,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from evolute.geometry.curvature.engines import (
+    EngineChoice,
+    choose_engine,
+    differentiable_twice,
+    gradients,
+    pulled_back,
+    require_twice_differentiable,
+    scalar,
+)
 from evolute.geometry.curvature.finite_difference import central_difference
-from evolute.geometry.curvature.hessian import EngineChoice, WithFallback, gradients, scalar
-from evolute.geometry.curvature.operator import CurvatureOperator, Engine, Point, differentiable_twice
+from evolute.geometry.curvature.operator import CurvatureOperator, Point
 
 
 class GaussNewton(CurvatureOperator):
@@ -17,9 +25,9 @@ class GaussNewton(CurvatureOperator):
     positive semi-definite if the loss is convex in the logits; for cross-entropy it is the Fisher matrix, and ``H - G``
     vanishes with the residuals (Sagun et al., arXiv 1706.04454, sec. 3).
 
-    Graphs are kept as in ``Hessian``. The engine ``"autograd"`` finds ``J v`` as the derivative of ``w -> J^T w``, which is
-    linear; ``"finite_difference"`` takes it from central differences of the logits and needs only first derivatives
-    of the network.
+    Graphs are kept as in ``Hessian``. The engine ``"autograd"`` finds ``J v`` as the derivative of ``w -> J^T w``,
+    which is linear; ``"finite_difference"`` takes it from central differences of the logits and needs only first
+    derivatives of the network.
 
     Args:
         logits: returns the network's output, of any shape, computed from the parameters as they are.
@@ -38,19 +46,15 @@ class GaussNewton(CurvatureOperator):
         params: Mapping[str, Tensor],
         engine: EngineChoice = "auto",
     ) -> None:
-        if engine not in ("auto", "autograd", "finite_difference"):
-            raise ValueError(f'engine={engine!r}: choose "auto", "autograd" or "finite_difference"')
         point = Point(params)
-        made: Engine
-        if engine == "finite_difference":
-            made = _DifferencedLogits(logits, loss, point)
-        elif engine == "autograd":
-            made = _DoubleVJP(logits, loss, point)
-        else:
-            made = WithFallback(
-                lambda: _DoubleVJP(logits, loss, point), lambda: _DifferencedLogits(logits, loss, point)
-            )
-        super().__init__(point, made)
+        super().__init__(
+            point,
+            choose_engine(
+                engine,
+                lambda: _DoubleVJP(logits, loss, point),
+                lambda: _DifferencedLogits(logits, loss, point),
+            ),
+        )
 
 
 class _KeptLogits:
@@ -65,9 +69,7 @@ class _KeptLogits:
             self._leaf = self._z.detach().requires_grad_()
             value = scalar(loss(self._leaf))
             (self._slope,) = gradients(value, [self._leaf], create_graph=True)
-            found = torch.autograd.grad(
-                self._z, self._tensors, self._slope.detach(), retain_graph=True, allow_unused=True
-            )
+            found = pulled_back([self._z], self._tensors, [self._slope.detach()])
         self.loss = value.detach()
         self.gradients = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self._tensors, strict=True)]
 
@@ -76,11 +78,11 @@ class _KeptLogits:
         if not self._slope.requires_grad:  # a loss linear in the logits
             return [None] * len(wanted)
         with differentiable_twice():
-            (curved,) = torch.autograd.grad(self._slope, self._leaf, dz, retain_graph=True, allow_unused=True)
+            (curved,) = pulled_back([self._slope], [self._leaf], [dz])
             if curved is None:
                 return [None] * len(wanted)
             chosen = [self._tensors[i] for i in wanted]
-            return torch.autograd.grad(self._z, chosen, curved, retain_graph=True, allow_unused=True)
+            return pulled_back([self._z], chosen, [curved])
 
     def close(self) -> None:
         del self._z, self._leaf, self._slope
@@ -91,17 +93,18 @@ class _DoubleVJP(_KeptLogits):
 
     def __init__(self, logits: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], point: Point) -> None:
         super().__init__(logits, loss, point)
+        require_twice_differentiable(self._z)
         with differentiable_twice():
             self._w = torch.zeros_like(self._z).requires_grad_()
-            self._pulled = torch.autograd.grad(self._z, self._tensors, self._w, create_graph=True, allow_unused=True)
+            self._pulled = pulled_back([self._z], self._tensors, [self._w], create_graph=True)
 
     def product(self, wanted: Sequence[int], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        pairs = [(self._pulled[i], v) for i, v in zip(wanted, parts, strict=True) if self._pulled[i] is not None]
+        pairs = [(g, v) for i, v in zip(wanted, parts, strict=True) if (g := self._pulled[i]) is not None]
         if not pairs:
             return [None] * len(wanted)
         with differentiable_twice():
-            (dz,) = torch.autograd.grad([g for g, _ in pairs], self._w, [v for _, v in pairs], retain_graph=True)
-        return self.pull_back(dz, wanted)
+            (dz,) = pulled_back([g for g, _ in pairs], [self._w], [v for _, v in pairs])
+        return [None] * len(wanted) if dz is None else self.pull_back(dz, wanted)
 
     def close(self) -> None:
         super().close()

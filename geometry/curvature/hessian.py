@@ -1,16 +1,22 @@
 """Products with the Hessian of a loss."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from evolute.geometry.curvature.engines import (
+    EngineChoice,
+    choose_engine,
+    differentiable_twice,
+    gradients,
+    pulled_back,
+    require_twice_differentiable,
+    scalar,
+)
 from evolute.geometry.curvature.finite_difference import central_difference
-from evolute.geometry.curvature.operator import CurvatureOperator, Engine, Point, differentiable_twice
+from evolute.geometry.curvature.operator import CurvatureOperator, Point
 
-EngineChoice = Literal["auto", "autograd", "finite_difference"]
 Loss = Callable[[], Tensor]
 
 
@@ -27,8 +33,9 @@ class Hessian(CurvatureOperator):
         derivative (custom kernels, compiled modules). The parameters move during a product and come back bit-identical.
         ``loss`` is called anew, so it must be deterministic: fix dropout.
         ``"auto"``: autograd; where double backward raises, finite differences from then on, with one warning that gives
-        the reason. Most kernels raise only at the first product, and ``engine`` tells what is in use after it. A custom
-        ``autograd.Function`` whose backward hides operations from autograd raises nothing; name the engine yourself.
+        the reason. Some kernels raise only at the first product, and ``engine`` tells what is in use after it. A custom
+        ``autograd.Function`` whose backward computes outside autograd without saying so (``once_differentiable``)
+        cannot be noticed and would count as constant; name the engine yourself.
 
     Example::
 
@@ -48,20 +55,14 @@ class Hessian(CurvatureOperator):
     """
 
     def __init__(self, loss: Loss, params: Mapping[str, Tensor], engine: EngineChoice = "auto") -> None:
-        if engine not in ("auto", "autograd", "finite_difference"):
-            raise ValueError(f'engine={engine!r}: choose "auto", "autograd" or "finite_difference"')
         point = Point(params)
-        made: Engine
-        if engine == "finite_difference":
-            made = FiniteDifference(loss, point)
-        elif engine == "autograd":
-            made = Autograd(loss, point)
-        else:
-            made = WithFallback(lambda: Autograd(loss, point), lambda: FiniteDifference(loss, point))
-        super().__init__(point, made)
+        super().__init__(
+            point,
+            choose_engine(engine, lambda: _Autograd(loss, point), lambda: _FiniteDifference(loss, point)),
+        )
 
 
-class Autograd:
+class _Autograd:
     """Reverse over reverse on one kept graph."""
 
     name = "autograd"
@@ -70,6 +71,7 @@ class Autograd:
         self._tensors = point.tensors
         with differentiable_twice():
             value = scalar(loss())
+            require_twice_differentiable(value)
             kept = gradients(value, self._tensors, create_graph=True)
         self.loss = value.detach()
         self.gradients = [g.detach() for g in kept]
@@ -81,19 +83,13 @@ class Autograd:
         if not pairs:
             return [None] * len(wanted)
         with differentiable_twice():
-            return torch.autograd.grad(
-                [g for g, _ in pairs],
-                [self._tensors[i] for i in wanted],
-                [v for _, v in pairs],
-                retain_graph=True,
-                allow_unused=True,
-            )
+            return pulled_back([g for g, _ in pairs], [self._tensors[i] for i in wanted], [v for _, v in pairs])
 
     def close(self) -> None:
         self._kept = []
 
 
-class FiniteDifference:
+class _FiniteDifference:
     """Central differences of gradients."""
 
     name = "finite_difference"
@@ -113,68 +109,4 @@ class FiniteDifference:
         return value.detach(), found
 
     def close(self) -> None:
-        self._function = _closed
-
-
-class WithFallback:
-    """One engine, until it raises; then the other."""
-
-    def __init__(self, first: Callable[[], Engine], second: Callable[[], Engine]) -> None:
-        self._second = second
-        try:
-            self._engine = first()
-        except RuntimeError as error:
-            self._engine = self._fall_back(error)
-
-    @property
-    def name(self) -> str:
-        return self._engine.name
-
-    @property
-    def loss(self) -> Tensor:
-        return self._engine.loss
-
-    @property
-    def gradients(self) -> Sequence[Tensor]:
-        return self._engine.gradients
-
-    def product(self, wanted: Sequence[int], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        try:
-            return self._engine.product(wanted, parts)
-        except RuntimeError as error:
-            if self._engine.name != "autograd":
-                raise
-            self._engine.close()
-            self._engine = self._fall_back(error)
-        return self._engine.product(wanted, parts)
-
-    def close(self) -> None:
-        self._engine.close()
-        self._second = _closed
-
-    def _fall_back(self, error: RuntimeError) -> Engine:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise error
-        engine = self._second()  # raises by itself where even one gradient is impossible
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"second derivatives by finite differences, because autograd failed: {reason}", stacklevel=5)
-        return engine
-
-
-def scalar(value: Tensor) -> Tensor:
-    """Return ``value`` as a 0-dimensional tensor, or raise ValueError if it has more than one entry."""
-    if value.numel() != 1:
-        raise ValueError(f"the loss must be a scalar, got shape {tuple(value.shape)}: reduce it with mean() or sum()")
-    return value.reshape(())
-
-
-def gradients(value: Tensor, tensors: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """Return d value / d tensors, zeros for those that ``value`` does not use; ``.grad`` stays as it is."""
-    if not value.requires_grad:
-        raise ValueError("the loss does not depend on any parameter: compute it from them, without detach or no_grad")
-    found = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
-
-
-def _closed() -> Tensor:
-    raise RuntimeError("this operator is closed")
+        del self._function

@@ -1,55 +1,37 @@
 """The part every curvature operator shares: flat vectors, the check for moved parameters, blocks, closing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from evolute.geometry.curvature.engines import Engine
 
 # Width in bytes of a parameter's dtype -> the integer dtype that shows its bits.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@contextmanager
-def differentiable_twice() -> Iterator[None]:
-    """Record a graph that can be differentiated twice, whatever mode the caller is in.
-
-    Gradients are switched on, and attention runs on the MATH kernel: the fused kernels have no second derivative.
-    A product must enter it too, because activation checkpointing runs parts of the forward again inside backward.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 class SymmetricOperator(Protocol):
     """What the solvers of this package ask of an operator; a dense symmetric tensor satisfies it."""
 
     @property
-    def shape(self) -> torch.Size: ...
+    def shape(self) -> torch.Size:
+        """``(P, P)``."""
+        ...
+
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype of its products."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its products are."""
+        ...
+
     def __matmul__(self, other: Tensor, /) -> Tensor: ...
-
-
-class Engine(Protocol):
-    """How products are made at one point. ``wanted`` are positions in the full list of parameters."""
-
-    name: str
-    loss: Tensor
-    gradients: Sequence[Tensor]
-
-    def product(self, wanted: Sequence[int], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """Return the block of the matrix on the wanted parameters, times ``parts``; None stands for zeros."""
-        ...
-
-    def close(self) -> None:
-        """Let go of graphs and copies."""
-        ...
 
 
 class Point:
@@ -58,8 +40,8 @@ class Point:
     Two independent signs are compared: the version counters, which all ordinary in-place operations bump, and the sum
     of each tensor's bit patterns read as integers, which also sees writes that bump nothing (fused optimizers, writes
     through ``.data``). Every change that bumps a counter is noticed. One that does not is missed only if, in every
-    tensor, the integer changes cancel to exactly zero, as when two entries swap places. Unlike a norm, the sum sees steps at
-    right angles to the weights and of the last bit. It costs one read of the parameters and one host transfer.
+    tensor, the integer changes cancel to exactly zero, as when two entries swap places. Unlike a norm, the sum sees
+    steps at right angles to the weights and of the last bit. It costs one read of the parameters and one host transfer.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
@@ -105,7 +87,8 @@ class CurvatureOperator:
     """A symmetric matrix over the flattened parameters that is known only through its products.
 
     ``operator @ v`` takes ``v`` of shape [P] or [P, k], in the order of ``params``, each parameter flattened row-major,
-    and returns the same shape. Products return what the arithmetic returns: non-finite numbers are the caller's to check.
+    and returns the same shape. Products return what the arithmetic returns: non-finite numbers are the caller's to
+    check.
 
     Attributes:
         params: the parameters, by name, in the order of the flat vectors.

@@ -27,8 +27,8 @@ class Preconditioned:
 def preconditioned(H: SymmetricOperator, diagonal: Tensor) -> Preconditioned:
     """Return ``D^-1/2 H D^-1/2`` as an operator; its largest eigenvalue is Adam's sharpness (arXiv 2207.14484).
 
-    For Adam, ``D = (1 - beta1^t) (sqrt(v_hat) + eps)``. An eigenvector ``u`` of the result is the direction ``D^-1/2 u``
-    in the parameters.
+    For Adam, ``D = (1 - beta1^t) (sqrt(v_hat) + eps)``. An eigenvector ``u`` of the result is the direction ``D^-1/2
+    u`` in the parameters.
 
     Args:
         H: the operator, [P, P].
@@ -59,9 +59,10 @@ def generalized_sharpness(
 ) -> GeneralizedSharpness:
     """Climb towards ``max d^T H d`` over the unit ball of a norm; what is returned is a lower estimate of it.
 
-    This is the sharpness that non-Euclidean gradient descent (sign descent, Muon without momentum) holds near ``2 / lr``
-    (arXiv 2603.05002). Frank-Wolfe with full steps, ``d <- steepest(H d)``: on a convex form every step climbs, but to a
-    local maximum in general; on an indefinite form it may fall, so the best iterate is kept. One product an iteration.
+    This is the sharpness that non-Euclidean gradient descent (sign descent, Muon without momentum) holds near ``2 /
+    lr`` (arXiv 2603.05002). Frank-Wolfe with full steps, ``d <- steepest(H d)``: on a convex form every step climbs,
+    but to a local maximum in general; on an indefinite form it may fall, so the best iterate is kept. One product an
+    iteration.
 
     Args:
         H: the operator, [P, P].

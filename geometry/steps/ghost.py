@@ -1,11 +1,11 @@
 """Ghost radius: how far along a direction the Taylor series of a softmax loss can be trusted.
 
-Along a direction the loss is ``-z_y + log F`` with ``F(t) = sum_k w_k exp(a_k t)``, ``a`` the change of the logits per unit
-step. The series ends at the nearest complex zero of ``F``, and none lies closer than ``pi / (max a - min a)`` (P. Sao, "Ghosts of
-Softmax", arXiv 2603.13552, sec. 3 for linearised logits). A step below the radius is reliable for one step; a step
-above it need not fail. The bound holds for losses linear in the logits plus a log-sum-exp: cross-entropy, label smoothing
-and, each logit by itself, binary cross-entropy. The paper's refinement by the gap of the two top classes is no lower
-bound for three classes or more, so it is offered for binary heads alone, where it is exact.
+Along a direction the loss is ``-z_y + log F`` with ``F(t) = sum_k w_k exp(a_k t)``, ``a`` the change of the logits per
+unit step. The series ends at the nearest complex zero of ``F``, and none lies closer than ``pi / (max a - min a)`` (P.
+Sao, "Ghosts of Softmax", arXiv 2603.13552, sec. 3 for linearised logits). A step below the radius is reliable for one
+step; a step above it need not fail. The bound holds for losses linear in the logits plus a log-sum-exp: cross-entropy,
+label smoothing and, each logit by itself, binary cross-entropy. The paper's refinement by the gap of the two top
+classes is no lower bound for three classes or more, so it is offered for binary heads alone, where it is exact.
 
 A row is one loss term (one token of a language model); a mask leaves rows out, such as padding or ``ignore_index``.
 """
@@ -28,7 +28,8 @@ def ghost_ratio(spread: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return ``r = max spread / pi`` for the spreads of one whole step; below 1 the step is reliable.
 
     Args:
-        spread: of any shape, one entry a loss term: ``logit_spread`` of the change over the step, ``secant_spread`` or ``head_spread``.
+        spread: of any shape, one entry a loss term: ``logit_spread`` of the change over the step, ``secant_spread`` or
+            ``head_spread``.
         mask: bool, same shape; True for the terms that count.
 
     Returns:
@@ -86,8 +87,7 @@ def directional_logits(
     point = {name: p.detach() for name, p in params.items()}
     tangent = {name: direction[name].detach().to(p.dtype) for name, p in point.items()}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, change = torch.func.jvp(function, (point,), (tangent,))
-    return change
+        return torch.func.jvp(function, (point,), (tangent,))[1]
 
 
 def secant_spread(before: Tensor, after: Tensor, chunk: int = 4096) -> Tensor:

@@ -22,8 +22,8 @@ class NoiseScale(NamedTuple):
 def gradient_noise_scale(small_sq: Tensor, big_sq: Tensor, small_batch: float, big_batch: float) -> NoiseScale:
     """Estimate the simple gradient noise scale of McCandlish et al. (arXiv 1812.06162, appendix A.1).
 
-    ``E||g_B||^2 = |G|^2 + tr(Sigma) / B`` is solved at two batch sizes. The small gradients are at hand without a further backward:
-    those of micro-batches or of ranks, whose mean is the big one.
+    ``E||g_B||^2 = |G|^2 + tr(Sigma) / B`` is solved at two batch sizes. The small gradients are at hand without a
+    further backward: those of micro-batches or of ranks, whose mean is the big one.
 
     Args:
         small_sq: squared norm of a gradient over ``small_batch`` samples; the mean over several if there are several.
