@@ -29,9 +29,9 @@ class Pretrain(L.LightningModule):
     predicts label ``i + 1``; labels of -100 are ignored. The model is made in ``configure_model``, when the data
     module's tokenizer is known.
 
-    Logs ``train/loss`` (nats a token), ``train/tokens_per_s``, ``train/nonfinite`` (steps skipped so far), ``val/loss``,
-    ``val/perplexity`` (per token), and ``val/bits_per_byte`` where the data module knows its bytes per token, which
-    compares across tokenizers and with compressors.
+    Logs ``train/loss`` (nats a token), ``train/tokens_per_s``, ``train/nonfinite`` (steps skipped so far),
+    ``val/loss``, ``val/perplexity`` (per token), and ``val/bits_per_byte`` where the data module knows its bytes per
+    token, which compares across tokenizers and with compressors.
 
     Example::
 
