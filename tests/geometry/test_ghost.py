@@ -20,7 +20,7 @@ from tests.geometry.networks import transformer
 
 
 def nearest_zero(weights, slopes):
-    """Distance from 0 to the nearest zero of ``sum_k w_k exp(a_k t)`` for integer slopes: t = log of a polynomial's root."""
+    """Distance from 0 to the nearest zero of ``sum_k w_k exp(a_k t)`` for integer slopes: logs of polynomial roots."""
     coefficients = np.zeros(slopes.max() - slopes.min() + 1)
     np.add.at(coefficients, slopes - slopes.min(), weights)
     roots = np.roots(coefficients[::-1]).astype(complex)

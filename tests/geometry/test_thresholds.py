@@ -57,6 +57,7 @@ def test_adam_whose_second_moment_stands_still(beta1, weight_decay):
         optimizer.step()  # creates the state
         x.data.fill_(1e-12)
         state = optimizer.state[x]
+        state["step"].fill_(1000)  # past the bias correction of the first moment, which is P's prefactor
 
         def step():
             x.grad = sharpness * (root + 1e-8) * x.detach()
