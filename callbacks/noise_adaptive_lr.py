@@ -144,7 +144,7 @@ class NoiseAdaptiveLR(Callback):
             for group in optimizer.param_groups:
                 ids = {id(p) for p in group["params"]} if self.norms is None and "norm" in group else set()
                 norm_of.update({n: cast(Norm, group["norm"]) for n, p in self._params.items() if id(p) in ids})
-        self._norm_of = {name: norm_of[name] for name in self._params}
+        self._norm_of = {name: cast(Norm, norm_of[name]) for name in self._params}
         self._noise = {name: self._noise.get(name, 0.0) for name in self._params}
         self._trainer = trainer
         for action in self._actions:

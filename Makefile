@@ -1,0 +1,38 @@
+# make demo   set up, train a language model on real text, watched and steered, ending in a report
+# make test   set up, run the tests
+# make check  lint and types
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Two threads suit the small matrices of the demo; tests pin one themselves.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test check lock clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"evolute needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --progress-bar off -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/evolute fit --config llm/pretrain
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The lock is what this environment holds, without local build tags (torch 2.13.0+cpu is torch 2.13.0 elsewhere).
+lock:
+	$(BIN)/python -m pip freeze --exclude-editable --all | grep -vE '^(pip|evolute)(==| @)' | sed -E 's/\+cpu$$//' > requirements.lock
+
+clean:
+	rm -rf .venv build dist *.egg-info
