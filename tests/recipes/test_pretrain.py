@@ -274,4 +274,4 @@ def test_the_packaged_configuration_is_what_the_classes_take():
         made = parser.instantiate(parser.parse_args(["--config", str(folder / "configs/pretrain.yaml")]))
     assert isinstance(made.model, Pretrain)
     assert isinstance(made.data, TextDataModule)
-    assert made.trainer.max_steps == 800
+    assert made.trainer.max_steps == 1000
