@@ -68,7 +68,7 @@ def test_steps_written_out_by_hand(nesterov, weight_decay):
                 decay, direction = 0.0, M / M.square().mean().sqrt()
             else:
                 U, S, Vh = torch.linalg.svd(M.flatten(1), full_matrices=False)
-                U = U * (S > 1e-9 * S[0])  # the LayerNorm leaves down.weight's gradient without full rank
+                U = U * (S / S[0] > 1e-9)  # the LayerNorm leaves down.weight's gradient without full rank
                 fan_out, fan_in = M.flatten(1).shape
                 direction = (math.sqrt(fan_out / fan_in) * U @ Vh).reshape(p.shape)
             want[name] = p.detach() * (1 - 0.02 * decay) - 0.02 * direction
