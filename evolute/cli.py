@@ -1,10 +1,8 @@
 """Training commands: LightningCLI, with a run folder, exact resume, and errors of one line."""
 
-import difflib
 import importlib
 import logging
 import os
-import re
 import secrets
 import warnings
 from pathlib import Path
@@ -21,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from evolute.__main__ import fail
 from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
+from evolute.messages import condense
 from evolute.run_folder import RunFolder, next_free
 
 
@@ -31,30 +30,14 @@ class BadInput(Exception):
 class Parser(LightningArgumentParser):
     """The Lightning parser, whose errors are one line with the nearest valid name."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated flag would be taken for the one it begins: --trainer.max_step for --trainer.max_steps.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`BadInput` instead of printing the usage."""
-        raise BadInput(one_line(message, self))
-
-
-def one_line(message: str, parser: LightningArgumentParser) -> str:
-    """Condense what jsonargparse says, often a tree of attempts, to what went wrong and the nearest valid key."""
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    text = " ".join(lines)
-    unknown = re.search(r"(?:[Uu]nrecognized arguments?: |Key '|[Oo]ption ')(?:--)?([\w.\[\]-]+)", text)
-    if unknown:
-        key = unknown[1].split("=")[0]
-        known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_config")})
-        for name in list(known):  # shorthands of class arguments: model.lr for model.init_args.lr
-            known.append(name.replace("init_args.", ""))
-        close = difflib.get_close_matches(key, [*known, *_arguments_of_classes(text)], n=1, cutoff=0.5)
-        text += f"; did you mean {close[0]!r}?" if close else ""
-    return text
-
-
-def _arguments_of_classes(text: str) -> list[str]:
-    """Return the accepted keys that jsonargparse lists in its message."""
-    listed = re.search(r"[Aa]ccepts?[^:]*: \{?([^}]*)\}?", text)
-    return re.findall(r"[\w.]+", listed[1]) if listed else []
+        known = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
+        raise BadInput(condense(message, known))
 
 
 class RecipeCLI(LightningCLI):
@@ -94,6 +77,10 @@ class RecipeCLI(LightningCLI):
             "--wandb", type=bool, default=False, help="Log to Weights & Biases too (offline unless logged in)."
         )
         parser.add_argument("--tensorboard", type=bool, default=False, help="Log to TensorBoard too.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments given; the process's own are the same, seen before names of recipes became paths."""
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the model's arguments as the configuration has them; a checkpoint's copy does not override them."""
@@ -221,7 +208,7 @@ def train(command: str, args: list[str], names: list[str]) -> int:
     except (MisconfigurationException, ValueError, OSError, ImportError, RuntimeError, TypeError, KeyError) as error:
         if getattr(cli, "started", False):
             raise
-        return fail(str(error) or type(error).__name__)
+        return fail(condense(str(error)) or type(error).__name__)
     return 0
 
 
