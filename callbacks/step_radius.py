@@ -1,5 +1,6 @@
 """How far each step goes, against how far the loss can be trusted along it; and a limit on that, if asked for."""
 
+import sys
 from typing import Any, Literal
 
 import lightning as L
@@ -50,7 +51,8 @@ class StepRadius(Callback):
         target: largest ratio that clipping lets through; the paper's best is 1, 0.5 is its safe choice.
         estimator: ``"secant"`` takes the logits before and after the step; ``"jvp"`` their derivative along it (the
             theory's own quantity, for small steps the same; needs forward-mode derivatives of the module).
-        samples: samples of the batch to measure on; None for all. Clipping watches only these.
+        samples: samples of the batch to measure on; None for a sixteenth of it when monitoring, for all when clipping
+            (a term that is not looked at cannot hold a step back).
         budget: largest share of wall-clock to spend when monitoring; None for no limit.
         dry_run: with ``mode="clip"``, record the scale that would be applied and apply none.
 
@@ -61,11 +63,11 @@ class StepRadius(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 10,
+        every_n_steps: int = 20,
         mode: Literal["monitor", "clip"] = "monitor",
         target: float = 1.0,
         estimator: Literal["secant", "jvp"] = "secant",
-        samples: int | None = 4,
+        samples: int | None = None,
         budget: float | None = 0.01,
         dry_run: bool = False,
     ) -> None:
@@ -76,7 +78,7 @@ class StepRadius(Callback):
         if not target > 0:
             raise MisconfigurationException(f"StepRadius(target={target}): must be above 0")
         if samples is not None and samples < 1:
-            raise MisconfigurationException(f"StepRadius(samples={samples}): must be at least 1, or None for all")
+            raise MisconfigurationException(f"StepRadius(samples={samples}): must be at least 1, or None")
         if mode == "clip" and estimator == "jvp":
             raise MisconfigurationException(
                 'StepRadius(mode="clip") evaluates the shortened step, so it needs estimator="secant"'
@@ -84,7 +86,7 @@ class StepRadius(Callback):
         self.mode = mode
         self.target = target
         self.estimator = estimator
-        self.samples = samples
+        self.samples = sys.maxsize if samples is None and mode == "clip" else samples
         self.dry_run = dry_run
         # An intervention's cadence depends on the step alone: clipping looks at every step, without a budget.
         self._pace = Pace("StepRadius", 1 if mode == "clip" else every_n_steps, None if mode == "clip" else budget)

@@ -20,15 +20,23 @@ from evolute.callbacks.access.backend import named_parameters
 from evolute.callbacks.access.untouched import muted, untouched
 from evolute.callbacks.protocols import ProbeLoss
 
+SHARE = 16
+"""A probe batch is this fraction of the training batch unless a number of samples is asked for."""
 
-def take_samples(batch: Any, samples: int | None) -> Any:
-    """Return a detached copy of the first ``samples`` of a batch, whatever its nesting of tensors.
+
+def take_samples(batch: Any, samples: int | None = None) -> Any:
+    """Return a detached copy of the first samples of a batch, whatever its nesting of tensors.
 
     A leaf is cut along its first dimension if that has the size of the first tensor's; other leaves are kept whole.
-    ``None`` keeps every sample.
+
+    Args:
+        batch: any nesting of tensors and other things.
+        samples: how many; a number above the batch's size keeps all, None takes a sixteenth of the batch, at least one.
     """
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     size = tensors[0].shape[0] if tensors and tensors[0].ndim else None
+    if samples is None and size is not None:
+        samples = max(1, size // SHARE)
 
     def take(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
