@@ -19,13 +19,18 @@ from evolute.callbacks.access import (
     Stage,
     attach,
     backend_for,
+    batch_tensors,
     detach,
+    mean_over_ranks,
     named_parameters,
     over_ranks,
     probing,
     refuse_manual_without_loss,
+    refuse_reentrant_checkpointing,
     require,
     take_samples,
+    underway,
+    with_tensors,
 )
 from evolute.callbacks.edge import edge_of_stability
 from evolute.callbacks.pace import Pace
@@ -99,6 +104,8 @@ class CurvatureMonitor(Callback):
         self._pace = Pace("CurvatureMonitor", every_n_steps, budget)
         self._action = Action(Stage.OBSERVE, self._after_update, self._before_update)
         self._batch: tuple[Any, int] | None = None
+        self._saved: tuple[list[Tensor], int] | None = None
+        self._checked = False
         self._moved: dict[str, Tensor] = {}
         self._rates: dict[str, float] = {}
         self._warm: dict[str, Tensor] = {}
@@ -133,11 +140,21 @@ class CurvatureMonitor(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._pace.now and (self._batch is None or not self.fixed_batch):
-            self._batch = (take_samples(batch, self.samples), batch_idx)
+            self._batch = (self._captured(batch), batch_idx if self._saved is None else self._saved[1])
+            self._saved = None
+            if not self._checked:  # before the first step, so that nothing has been trained in vain
+                with probing(trainer, pl_module, *self._batch) as probe:
+                    refuse_reentrant_checkpointing(probe.loss(), pl_module, "CurvatureMonitor")
+            self._checked = True
+
+    def _captured(self, batch: Any) -> Any:
+        """Return the probe batch: samples of this one, or those of a checkpoint in its structure."""
+        return take_samples(batch, self.samples) if self._saved is None else with_tensors(batch, self._saved[0])
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self._pace.open(trainer)
+        if not underway(trainer):
+            self._pace.open(trainer)
 
     def _before_update(self, step: OptimizerStep) -> bool:
         return self._pace.now
@@ -156,14 +173,16 @@ class CurvatureMonitor(Callback):
         assert self._batch is not None
         module = self._trainer.lightning_module
         with probing(self._trainer, module, *self._batch) as probe, Hessian(probe.loss, probe.params) as H:
-            if not bool(H.loss.isfinite()):
+            # Over all ranks: one that turned back alone would leave the others waiting at their next product.
+            loss = mean_over_ranks(H.loss, self._trainer)
+            if not bool(loss.isfinite()):
                 return {"nonfinite": 1.0}
             try:
                 values = self._quantities(H, probe, step)
             except FloatingPointError:
                 return {"nonfinite": 1.0}
             self._say_engine(H.engine)
-        return values
+        return {"loss": loss, **values}
 
     def _quantities(self, H: Hessian, probe: Probe, step: OptimizerStep) -> dict[str, Tensor | float]:
         """Take every product, and only then renew the warm starts: a product that is not finite leaves them alone."""
@@ -171,14 +190,13 @@ class CurvatureMonitor(Callback):
         warm: dict[str, Tensor] = {}
         sharpest = self._top(reduced, "sharpness", warm)
         values: dict[str, Tensor | float] = {
-            "loss": H.loss,
             "sharpness": sharpest.values[0],
             "residual": sharpest.residuals[0],
         }
         p = H.flatten([self._moved.get(name) for name in probe.params])
         curved = torch.dot(p, reduced @ p)
         values["directional"] = curved / torch.dot(p, p)
-        values["step_quadratic"] = curved.abs() / (2.0 * torch.dot(H.gradient, p).abs())
+        values["step_quadratic"] = curved.abs() / (2.0 * torch.dot(reduced.gradient, p).abs())
         if self.trace_samples:
             generator = torch.Generator().manual_seed(self._pace.step)
             trace = trace_samples(reduced, self.trace_samples, generator)
@@ -221,14 +239,14 @@ class CurvatureMonitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         # The probe batch and the eigenvectors are state: without them a resumed run would measure something else.
-        return {
-            "pace": self._pace.state_dict(),
-            "warm": dict(self._warm),
-            "batch": self._batch if self.fixed_batch else None,
-        }
+        # Its tensors alone: a checkpoint that loads with weights_only holds no containers of others.
+        batch = self._saved
+        if self._batch is not None and self.fixed_batch:
+            batch = (batch_tensors(self._batch[0]), self._batch[1])
+        return {"pace": self._pace.state_dict(), "warm": dict(self._warm), "batch": batch}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pace.load_state_dict(state_dict["pace"])
         self._warm = dict(state_dict["warm"])
-        self._batch = state_dict["batch"]
+        self._batch, self._saved = None, state_dict["batch"]

@@ -9,6 +9,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from evolute.callbacks.access import Backend, FlatOperator
 from evolute.geometry import (
+    SymmetricOperator,
     adam_threshold,
     batched_lmo,
     dual_norm,
@@ -54,37 +55,96 @@ def edge_of_stability(
 ) -> Edge | None:
     """Return the sharpness that ``optimizer`` is bounded by and its threshold, or None where theory has none.
 
-    Plain SGD and its momentum forms: the largest eigenvalue of H, against 2/lr and its relatives. Adam and AdamW: that
-    of ``P^-1 H``. Optimizers whose groups carry a ``norm`` (steps of fixed size in it): the generalised sharpness,
-    against ``2 ||g||_* / lr``, because such a step equals gradient descent in that norm with rate ``lr / ||g||_*``;
-    their momentum is neglected, for no threshold with it is known. Sources: papers cited in ``evolute.geometry``.
+    Plain SGD and its momentum forms: the largest eigenvalue of H, against 2/lr and its relatives; if layers differ in
+    rate or decay, in the metric of the rates. Adam and AdamW: that of ``P^-1 H``. Weight decay that is added to the
+    gradient counts as curvature. Optimizers whose groups carry a ``norm`` (steps of fixed size in it): the generalised
+    sharpness, against ``2 ||g||_* / lr``, because such a step equals gradient descent in that norm with rate ``lr /
+    ||g||_*``; their momentum is neglected, for no threshold with it is known. Sources: papers cited in
+    ``evolute.geometry``.
 
     Args:
         H: Hessian at the current weights.
         names: parameter names in the order of H.
         optimizer: the only optimizer of the run.
         params: live parameters by name.
-        rates: learning rate of each parameter in the last step; the largest enters the threshold, the others its
-        metric. backend: gives the optimizer's state.
+        rates: learning rate of each parameter in the last step; the largest enters the threshold, the others the
+            metric.
+        backend: gives the optimizer's state.
         sharpness: largest eigenvalue of H.
         start: direction of the previous call, or None.
         products: at most so many products with H.
     """
-    group = optimizer.param_groups[0]
     lr = max(rates.values(), default=0.0)
-    if lr <= 0 or set(names) - set(rates):
+    if start is not None and start.shape != H.shape[:1]:  # kept from a time when no direction was needed
+        start = None
+    slowest = min(rates.values(), default=0.0)
+    if slowest <= 0 or set(names) - set(rates) or any(g.get("maximize") for g in optimizer.param_groups):
         return None
-    if type(optimizer) is SGD:
-        if group["nesterov"]:
-            threshold = nesterov_threshold(lr, group["momentum"])
-        else:
-            threshold = heavy_ball_threshold(lr, group["momentum"], group["dampening"])
-        return Edge("sharpness", sharpness, torch.tensor(threshold), torch.empty(0))
-    if type(optimizer) in (Adam, AdamW) and not group["amsgrad"]:
+    if type(optimizer) is SGD and _alike(optimizer, "momentum", "dampening", "nesterov"):
+        return _sgd(H, names, optimizer, params, rates, lr, sharpness, start, products)
+    if type(optimizer) in (Adam, AdamW) and _alike(optimizer, "betas", "decoupled_weight_decay"):
+        if any(g["amsgrad"] for g in optimizer.param_groups):
+            return None
         return _adam(H, names, optimizer, params, rates, lr, backend, start, products)
     if all("norm" in g for g in optimizer.param_groups):
         return _fixed_size(H, names, optimizer, params, rates, lr, start, products)
     return None
+
+
+def _alike(optimizer: Optimizer, *options: str) -> bool:
+    """Say whether all groups share some options: the thresholds hold for one value of each."""
+    first = optimizer.param_groups[0]
+    return all(g[option] == first[option] for g in optimizer.param_groups for option in options)
+
+
+class _Decayed:
+    """H plus the weight decay that an optimizer adds to the gradient, which is curvature to it."""
+
+    def __init__(self, H: FlatOperator, decay: Tensor) -> None:
+        self._H, self._decay = H, decay
+        self.shape, self.dtype, self.device = H.shape, H.dtype, H.device
+
+    def __matmul__(self, v: Tensor, /) -> Tensor:
+        return self._H @ v + self._decay * v
+
+
+def _filled(H: FlatOperator, names: list[str], params: Mapping[str, Tensor], values: Mapping[str, float]) -> Tensor:
+    """Return one value a parameter, spread over its entries, flat [P]."""
+    return H.flatten([torch.full_like(params[n], values[n], dtype=H.dtype) for n in names])
+
+
+def _decays(optimizer: Optimizer, names: list[str], params: Mapping[str, Tensor]) -> dict[str, float]:
+    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    return {n: float(group_of[id(params[n])]["weight_decay"]) for n in names}
+
+
+def _sgd(
+    H: FlatOperator,
+    names: list[str],
+    optimizer: Optimizer,
+    params: Mapping[str, Tensor],
+    rates: Rates,
+    lr: float,
+    sharpness: Tensor,
+    start: Tensor | None,
+    products: int,
+) -> Edge:
+    group = optimizer.param_groups[0]
+    if group["nesterov"]:
+        threshold = nesterov_threshold(lr, group["momentum"])
+    else:
+        threshold = heavy_ball_threshold(lr, group["momentum"], group["dampening"] if group["momentum"] else 0.0)
+    decays = _decays(optimizer, names, params)
+    if len(set(rates.values())) == 1 and len(set(decays.values())) == 1:
+        return Edge("sharpness", sharpness, torch.tensor(threshold - decays[names[0]]), torch.empty(0))
+    # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
+    diagonal = _filled(H, names, params, {n: lr / rates[n] for n in names})
+    return _in_metric(_Decayed(H, _filled(H, names, params, decays)), diagonal, threshold, start, products)
+
+
+def _in_metric(H: SymmetricOperator, diagonal: Tensor, threshold: float, start: Tensor | None, products: int) -> Edge:
+    pairs = top_eigenpairs(preconditioned(H, diagonal), tol=1e-2, which="largest", max_products=products, start=start)
+    return Edge("preconditioned_sharpness", pairs.values[0], torch.tensor(threshold), pairs.vectors[:, 0])
 
 
 def _adam(
@@ -107,15 +167,18 @@ def _adam(
         group = group_of[id(p)]
         beta1, beta2 = group["betas"]
         t = float(state["step"])
-        root = (state["exp_avg_sq"].float() / (1 - beta2**t)).sqrt() + group["eps"]
+        second = state["exp_avg_sq"]
+        root = (second.to(torch.promote_types(second.dtype, torch.float32)) / (1 - beta2**t)).sqrt() + group["eps"]
         # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
         diagonal.append((1 - beta1**t) * root * (lr / rates[name]))
-    pairs = top_eigenpairs(
-        preconditioned(H, H.flatten(diagonal)), tol=1e-2, which="largest", max_products=products, start=start
-    )
-    beta1 = optimizer.param_groups[0]["betas"][0]
-    threshold = torch.tensor(adam_threshold(lr, float(beta1)))
-    return Edge("preconditioned_sharpness", pairs.values[0], threshold, pairs.vectors[:, 0])
+    decays = _decays(optimizer, names, params)
+    beta1 = float(optimizer.param_groups[0]["betas"][0])
+    if optimizer.param_groups[0].get("decoupled_weight_decay", False):
+        # Where layers decay differently the largest decay gives the lowest threshold; all are near 38 / lr.
+        threshold = adam_threshold(lr, beta1, max(rates[n] * decays[n] for n in names) / lr)
+        return _in_metric(H, H.flatten(diagonal), threshold, start, products)
+    decayed = _Decayed(H, _filled(H, names, params, decays))
+    return _in_metric(decayed, H.flatten(diagonal), adam_threshold(lr, beta1), start, products)
 
 
 def _fixed_size(

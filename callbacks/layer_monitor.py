@@ -1,7 +1,6 @@
 """Per layer: gradient norm, weight norm, update ratio, signal to noise; for the run: the gradient noise scale."""
 
 import re
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -9,22 +8,26 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from evolute.callbacks.access import (
     Action,
     GradientPair,
     GradientPairs,
+    LocalSquares,
     OptimizerStep,
     Stage,
     attach,
     backend_for,
+    batch_size,
     detach,
+    mean_over_ranks,
     named_parameters,
+    underway,
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
+from evolute.geometry import gradient_noise_scale
 
 
 class LayerMonitor(Callback):
@@ -47,10 +50,11 @@ class LayerMonitor(Callback):
     Args:
         every_n_steps: optimizer steps between two measurements; the first step is measured.
         layers: regular expression; trainable parameters whose whole name matches are watched.
-        noise: where the two estimates come from. ``"split"``: the halves of an accumulated step (exact, needs
-            ``accumulate_grad_batches >= 2``); ``"consecutive"``: two steps in a row, where the drift of the gradient
-            counts as noise; ``"auto"``: split if it can be had. One copy of the gradient is held from half-way, or from
-            the step before, to the measurement.
+        noise: where signal and noise come from. ``"split"``: the halves of an accumulated step (exact, needs
+            ``accumulate_grad_batches >= 2``); ``"ranks"``: each rank's own gradient against their mean (exact, needs
+            DDP over 2 processes or more, holds no gradient); ``"consecutive"``: two steps in a row, where the drift of
+            the gradient counts as noise; ``"auto"``: the first of these that can be had. With halves or steps one copy
+            of the gradient is held from half-way, or from the step before, to the measurement.
         memory: measurements that the running means of signal and noise reach back.
         budget: largest share of wall-clock to spend; None for no limit.
 
@@ -63,19 +67,21 @@ class LayerMonitor(Callback):
         self,
         every_n_steps: int = 20,
         layers: str = ".*",
-        noise: Literal["auto", "split", "consecutive"] = "auto",
+        noise: Literal["auto", "split", "ranks", "consecutive"] = "auto",
         memory: int = 10,
         budget: float | None = 0.01,
     ) -> None:
-        if noise not in ("auto", "split", "consecutive"):
-            raise MisconfigurationException(f"LayerMonitor(noise={noise!r}): 'auto', 'split' or 'consecutive'")
+        if noise not in ("auto", "split", "ranks", "consecutive"):
+            raise MisconfigurationException(f"LayerMonitor(noise={noise!r}): 'auto', 'split', 'ranks' or 'consecutive'")
         if memory < 1:
             raise MisconfigurationException(f"LayerMonitor(memory={memory}): must be at least 1")
         self.layers = layers
         self.noise = noise
         self.memory = memory
         self._pace = Pace("LayerMonitor", every_n_steps, budget)
-        self._pairs = GradientPairs("consecutive" if noise == "auto" else noise, self._pace.wanted)
+        self._pairs = GradientPairs("split" if noise == "split" else "consecutive", self._pace.wanted)
+        self._local = LocalSquares()
+        self._by_ranks = False
         self._action = Action(Stage.OBSERVE, self._after_update, self._before_update)
         self._params: dict[str, Tensor] = {}
         self._samples = 0
@@ -88,9 +94,18 @@ class LayerMonitor(Callback):
         if stage != "fit":
             return
         self._backend = backend_for(trainer, "LayerMonitor")
+        if self.noise == "ranks" and trainer.world_size < 2:
+            raise MisconfigurationException(
+                'LayerMonitor(noise="ranks") compares the gradients of several processes, and there is one: use '
+                'noise="auto"'
+            )
         if self.noise == "auto" and pl_module.automatic_optimization and trainer.accumulate_grad_batches >= 2:
             self._pairs.source = "split"
-        self._pairs.refuse(trainer, "LayerMonitor")
+        self._by_ranks = self.noise == "ranks" or (
+            self.noise == "auto" and trainer.world_size > 1 and self._pairs.source != "split"
+        )
+        if not self._by_ranks:
+            self._pairs.refuse(trainer, "LayerMonitor")
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,53 +127,73 @@ class LayerMonitor(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._pace.now:
-            sizes = [t.shape[0] for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
-            self._samples = (sizes[0] if sizes else 1) * trainer.accumulate_grad_batches * trainer.world_size
+            self._samples = (batch_size(batch) or 1) * trainer.accumulate_grad_batches * trainer.world_size
+            if self._by_ranks:
+                self._local.open(self._params)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._by_ranks or underway(trainer):
+            return
         with self._pace.timed():
             self._pairs.after_backward(trainer, pl_module, self._backend, self._pace.step)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if underway(trainer):
+            return
         self._pace.open(trainer)
         if not self._pace.now and not self._pace.soon:
             return
         with self._pace.timed():
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             params = {n: p for n, p in self._params.items() if id(p) in owned}
-            gradients = self._backend.gradients(params)
-            pair = self._pairs.pair(trainer, gradients, self._pace.step)
-            if self._pace.now:
-                self._measure_gradients(gradients, pair)
+            gradients = self._backend.gradients(params, optimizer)
+            pair = None if self._by_ranks else self._pairs.pair(trainer, gradients, self._pace.step)
+            if not self._pace.now:
+                return
+            norms = _norms(list(gradients.values()))
+            self._values = {f"grad_norm/{n}": norm for n, norm in zip(gradients, norms, strict=True)}
+            if gradients:
+                self._values["grad_norm"] = torch.linalg.vector_norm(norms)
+            if pair is not None and pair.first:
+                self._fold_pair(pair)
+            if self._by_ranks and gradients:
+                self._fold_ranks(list(gradients), norms)
 
-    def _measure_gradients(self, gradients: Mapping[str, Tensor], pair: GradientPair | None) -> None:
-        norms = dict(zip(gradients, _norms(list(gradients.values())), strict=True))
-        self._values = {f"grad_norm/{n}": norm for n, norm in norms.items()}
-        if norms:
-            self._values["grad_norm"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        if pair is not None and pair.first:
-            self._fold(pair)
-
-    def _fold(self, pair: GradientPair) -> None:
-        """Fold a pair into the running signal and noise; one that is not finite changes nothing."""
+    def _fold_pair(self, pair: GradientPair) -> None:
         a, b = list(pair.first.values()), list(pair.second.values())
-        signal = torch.stack([torch.sum(x.float() * y.float()) for x, y in zip(a, b, strict=True)])
-        # Of a step's whole gradient: the mean of 1/share estimates has that much less variance.
-        noise = 0.5 * pair.share * _norms([x - y for x, y in zip(a, b, strict=True)]).square()
+        signal = torch.stack([torch.sum(_wide(x) * _wide(y)) for x, y in zip(a, b, strict=True)])
+        noise = pair.noise_share * _norms([x - y for x, y in zip(a, b, strict=True)]).square()
+        self._fold(list(pair.first), signal, noise)
+
+    def _fold_ranks(self, names: list[str], norms: Tensor) -> None:
+        """Fold what the ranks' own gradients say; ``norms`` are those of their mean."""
+        local = self._local.close()
+        squares = torch.stack([local.get(n, torch.zeros_like(norms[0])) for n in names])
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            squares = squares / scaler.get_scale() ** 2
+        small = mean_over_ranks(squares, self._trainer)
+        found = gradient_noise_scale(small, norms.square(), self._samples / self._trainer.world_size, self._samples)
+        self._fold(names, found.grad_sq, found.trace / self._samples)
+
+    def _fold(self, names: list[str], signal: Tensor, noise: Tensor) -> None:
+        """Fold squared signal and squared noise of the step's gradient, a value a layer, into the running means.
+
+        Values that are not finite change nothing.
+        """
         both = torch.stack([signal, noise]).double().cpu()
         if not bool(both.isfinite().all()):
             self._pairs.drop()
             self._values["nonfinite"] = 1.0
             return
         keep = 1.0 - 1.0 / self.memory
-        for name, s, v in zip(pair.first, *both.tolist(), strict=True):
+        for name, s, v in zip(names, *both.tolist(), strict=True):
             self._signal[name] = keep * self._signal.get(name, 0.0) + (1.0 - keep) * s
             self._variance[name] = keep * self._variance.get(name, 0.0) + (1.0 - keep) * v
-            self._values[f"snr/{name}"] = (
-                max(self._signal[name], 0.0) / self._variance[name] if self._variance[name] else float("inf")
-            )
+            noise_now = self._variance[name]
+            self._values[f"snr/{name}"] = max(self._signal[name], 0.0) / noise_now if noise_now > 0 else float("inf")
         total, spread = sum(self._signal.values()), sum(self._variance.values())
         self._values["noise_scale"] = self._samples * spread / total if total > 0 else float("inf")
 
@@ -185,6 +220,7 @@ class LayerMonitor(Callback):
     @override
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         detach(trainer, self._action)
+        self._local.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +239,10 @@ class LayerMonitor(Callback):
         self._samples = state_dict["samples"]
         self._pace.load_state_dict(state_dict["pace"])
         self._pairs.load_state_dict(state_dict["pairs"])
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from evolute.callbacks.access import (
     named_parameters,
     recover,
     require,
+    underway,
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
@@ -145,7 +146,8 @@ class NoiseAdaptiveLR(Callback):
                 ids = {id(p) for p in group["params"]} if self.norms is None and "norm" in group else set()
                 norm_of.update({n: cast(Norm, group["norm"]) for n, p in self._params.items() if id(p) in ids})
         self._norm_of = {name: cast(Norm, norm_of[name]) for name in self._params}
-        self._noise = {name: self._noise.get(name, 0.0) for name in self._params}
+        # Only layers with a sample: one that never gets a gradient is not the least noisy.
+        self._noise = {name: value for name, value in self._noise.items() if name in self._params}
         self._trainer = trainer
         for action in self._actions:
             attach(trainer, action)
@@ -157,8 +159,11 @@ class NoiseAdaptiveLR(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        if underway(trainer):
+            return
+        self._measured = False
         with self._pace.timed():
-            gradients = self._backend.gradients(self._params)
+            gradients = self._backend.gradients(self._params, optimizer)
             pair = self._pairs.pair(trainer, gradients, self._steps_seen)
             if pair is not None and pair.first:
                 self._update(trainer, {n: (pair.second[n] - g) * pair.to_step for n, g in pair.first.items()})
@@ -174,7 +179,7 @@ class NoiseAdaptiveLR(Callback):
             self._pairs.drop()
             record(trainer, "noise", {"nonfinite": 1.0}, step=self._steps_seen)
             return
-        before = torch.tensor([self._noise[n] for n in names], dtype=torch.float64)
+        before = torch.tensor([self._noise.get(n, 0.0) for n in names], dtype=torch.float64)
         self._noise.update(zip(names, noise_ema(before, sample, self.decay, self.every_n_steps).tolist(), strict=True))
         for norm in set(norms):
             group = [n for n in self._noise if self._norm_of[n] == norm]

@@ -1,5 +1,6 @@
 """How far each step goes, against how far the loss can be trusted along it; and a limit on that, if asked for."""
 
+import math
 import sys
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from evolute.callbacks.access import (
     refuse_manual_without_loss,
     require,
     take_samples,
+    underway,
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
-from evolute.geometry import directional_logits, logit_spread, secant_spread
+from evolute.geometry import directional_logits, ghost_ratio, logit_spread, secant_spread
 
 
 class StepRadius(Callback):
@@ -94,6 +96,7 @@ class StepRadius(Callback):
         self._action = Action(stage, self._after_update, self._before_update)
         self._batch: tuple[Any, int] | None = None
         self._logits: Tensor | None = None
+        self._checked = False
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -124,10 +127,30 @@ class StepRadius(Callback):
         # Of an accumulated step the last micro-batch counts. Copied now: the step may change its batch in place.
         if self._pace.now:
             self._batch = (take_samples(batch, self.samples), batch_idx)
+            if not self._checked:  # before the first step, so that nothing has been trained in vain
+                self._refuse_unknown_logits()
+            self._checked = True
+
+    def _refuse_unknown_logits(self) -> None:
+        """Evaluate the logits once, and their derivative if that is what will be taken."""
+        self._evaluate()
+        if self.estimator != "jvp":
+            return
+        assert self._batch is not None
+        with probing(self._trainer, self._module, *self._batch) as probe:
+            point = {name: p.detach() for name, p in probe.params.items()}
+            try:
+                directional_logits(probe.logits, point, {name: torch.zeros_like(p) for name, p in point.items()})
+            except RuntimeError as error:  # a NotImplementedError is one
+                raise MisconfigurationException(
+                    f'StepRadius(estimator="jvp"): {type(self._module).__name__} has no forward-mode derivative '
+                    f'({str(error).splitlines()[0]}): use estimator="secant"'
+                ) from error
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        self._pace.open(trainer)
+        if not underway(trainer):
+            self._pace.open(trainer)
 
     def _before_update(self, step: OptimizerStep) -> bool:
         if not self._pace.now or self._batch is None:
@@ -177,8 +200,9 @@ class StepRadius(Callback):
 
     def _ratios(self, spread: Tensor, norm: Tensor) -> dict[str, Tensor | float]:
         strategy = self._trainer.strategy
-        worst = spread.max() / torch.pi
-        usual = torch.quantile(spread.float(), 0.99) / torch.pi
+        worst = ghost_ratio(spread)  # 0 if no term counts: a batch may be all padding
+        # The 99th percentile by rank; torch.quantile refuses long inputs.
+        usual = spread.kthvalue(math.ceil(0.99 * len(spread))).values / torch.pi if len(spread) else worst.clone()
         if self._trainer.world_size > 1:
             worst = strategy.reduce(worst, reduce_op="max")
             usual = strategy.reduce(usual, reduce_op="max")

@@ -5,9 +5,19 @@ Callbacks never read ``p.grad`` or ``optimizer.state`` themselves: what those ho
 
 from evolute.callbacks.access.backend import Backend, Capabilities, backend_for, named_parameters, require
 from evolute.callbacks.access.pairs import GradientPair, GradientPairs
-from evolute.callbacks.access.probe import Probe, RecordLogits, probing, refuse_manual_without_loss, take_samples
-from evolute.callbacks.access.ranks import FlatOperator, over_ranks
-from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover
+from evolute.callbacks.access.probe import (
+    Probe,
+    RecordLogits,
+    batch_size,
+    batch_tensors,
+    probing,
+    refuse_manual_without_loss,
+    refuse_reentrant_checkpointing,
+    take_samples,
+    with_tensors,
+)
+from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, mean_over_ranks, over_ranks
+from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, underway
 from evolute.callbacks.access.untouched import untouched
 
 __all__ = [
@@ -17,19 +27,26 @@ __all__ = [
     "FlatOperator",
     "GradientPair",
     "GradientPairs",
+    "LocalSquares",
     "OptimizerStep",
     "Probe",
     "RecordLogits",
     "Stage",
     "attach",
     "backend_for",
+    "batch_size",
+    "batch_tensors",
     "detach",
+    "mean_over_ranks",
     "named_parameters",
     "over_ranks",
     "probing",
     "recover",
     "refuse_manual_without_loss",
+    "refuse_reentrant_checkpointing",
     "require",
     "take_samples",
+    "underway",
     "untouched",
+    "with_tensors",
 ]

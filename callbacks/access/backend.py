@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -36,8 +37,12 @@ class Backend(Protocol):
 
     capabilities: Capabilities
 
-    def gradients(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the gradients that exist, by name, reduced and unscaled; valid in ``on_before_optimizer_step``."""
+    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+        """Return the gradients that exist, by name, unscaled, as they are at the time.
+
+        With ``optimizer``, in ``on_before_optimizer_step``, they are whole and reduced; without, inside backward, they
+        are what has accumulated so far, reduced or not.
+        """
         ...
 
     def optimizer_state(self, optimizer: Optimizer, param: Tensor) -> Mapping[str, Any]:
@@ -50,9 +55,18 @@ class PlainBackend:
 
     capabilities = Capabilities()
 
-    def gradients(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``p.grad`` by name, detached, not copied: it is valid until the optimizer steps."""
-        return {name: p.grad.detach() for name, p in params.items() if p.grad is not None}
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self._scaler = scaler
+
+    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+        """Return ``p.grad`` by name, detached, not copied if it is not scaled: valid until the optimizer steps."""
+        found = {name: p.grad.detach() for name, p in params.items() if p.grad is not None}
+        # Fused optimizers divide by the loss scale themselves, inside the step; for the others Lightning has done it.
+        scaled = optimizer is None or getattr(optimizer, "_step_supports_amp_scaling", False)
+        if self._scaler is not None and scaled and found:
+            divided = torch._foreach_div(list(found.values()), self._scaler.get_scale())
+            found = dict(zip(found, divided, strict=True))
+        return found
 
     def optimizer_state(self, optimizer: Optimizer, param: Tensor) -> Mapping[str, Any]:
         """Return the entry of ``optimizer.state``."""
@@ -67,7 +81,7 @@ def backend_for(trainer: L.Trainer, who: str) -> Backend:
     """
     strategy = trainer.strategy
     if type(strategy) is SingleDeviceStrategy or isinstance(strategy, DDPStrategy):
-        return PlainBackend()
+        return PlainBackend(getattr(trainer.precision_plugin, "scaler", None))
     raise MisconfigurationException(
         f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process or under "
         'DDP. Use Trainer(strategy="auto") on one device or strategy="ddp", or remove the callback'

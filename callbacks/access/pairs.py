@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from evolute.callbacks.access.backend import Backend, named_parameters
+from evolute.callbacks.access.ranks import mean_over_ranks
 
 PairSource = Literal["consecutive", "split"]
 
@@ -19,15 +19,15 @@ class GradientPair:
     """Two gradients of the same loss from independent data.
 
     Attributes:
-        first, second: gradients by parameter name, each a mean over ``share`` of the samples of a step.
-        share: samples behind each, as a fraction of the samples of an optimizer step.
+        first, second: gradients by parameter name, each a mean over samples of its own.
+        noise_share: factor that turns ``|first - second|^2`` into the squared noise of the step's own gradient.
         to_step: factor that turns ``first - second`` into a tensor with the covariance of the step's own gradient
             (consecutive gradients keep the paper's convention instead: factor 1, twice that covariance).
     """
 
     first: dict[str, Tensor]
     second: dict[str, Tensor]
-    share: float
+    noise_share: float
     to_step: float
 
 
@@ -66,12 +66,10 @@ class GradientPairs:
             return
         self._micro_batches += 1
         if self._micro_batches == trainer.accumulate_grad_batches // 2 and self._wanted(step):
-            self._held = {
-                n: _reduced(trainer, g.clone()) for n, g in backend.gradients(named_parameters(module)).items()
-            }
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if scaler is not None:
-                torch._foreach_div_(list(self._held.values()), scaler.get_scale())
+            # DDP reduces only at the last micro-batch; what has accumulated so far is each rank's own.
+            so_far = backend.gradients(named_parameters(module))
+            several = trainer.world_size > 1
+            self._held = {n: mean_over_ranks(g, trainer) if several else g.clone() for n, g in so_far.items()}
 
     def pair(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
         """Return the pair of step ``step``, or None if it is not wanted or the other gradient is missing."""
@@ -83,7 +81,9 @@ class GradientPairs:
         if not self._wanted(step) or not earlier:
             return None
         both = [name for name in gradients if name in earlier]
-        return GradientPair({n: earlier[n] for n in both}, {n: gradients[n] for n in both}, share=1.0, to_step=1.0)
+        # A checkpoint brings the earlier one back on the CPU.
+        first = {n: earlier[n].to(gradients[n].device) for n in both}
+        return GradientPair(first, {n: gradients[n] for n in both}, noise_share=0.5, to_step=1.0)
 
     def _halves(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
         parts, self._micro_batches = self._micro_batches, 0
@@ -95,9 +95,9 @@ class GradientPairs:
         # Lightning divides every micro-batch's loss by the planned number of them.
         first = {n: g * (planned / first_parts) for n, g in half.items() if n in gradients}
         second = {n: (gradients[n] - half[n]) * (planned / second_parts) for n in first}
-        return GradientPair(
-            first, second, share=0.5 * parts / planned, to_step=(first_parts * second_parts) ** 0.5 / parts
-        )
+        # Var(first - second) = s (1/a + 1/b) and the step's is s / (a + b), for a and b micro-batches of variance s.
+        share = first_parts * second_parts / parts**2
+        return GradientPair(first, second, noise_share=share, to_step=share**0.5)
 
     def drop(self) -> None:
         """Forget the gradient held: it was not finite, or the run was interrupted inside a step."""
@@ -110,8 +110,3 @@ class GradientPairs:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the gradient held when the checkpoint was made."""
         self._held = dict(state["held"])
-
-
-def _reduced(trainer: L.Trainer, gradient: Tensor) -> Tensor:
-    """Average over ranks what DDP has not yet: it reduces only at the last micro-batch."""
-    return trainer.strategy.reduce(gradient, reduce_op="mean") if trainer.world_size > 1 else gradient  # type: ignore[return-value]

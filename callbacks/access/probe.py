@@ -1,7 +1,7 @@
 """Evaluate the loss of the live module on a captured batch, as often as a probe needs, without a trace."""
 
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from evolute.callbacks.access.backend import named_parameters
 from evolute.callbacks.access.untouched import muted, untouched
@@ -22,6 +22,19 @@ from evolute.callbacks.protocols import ProbeLoss
 
 SHARE = 16
 """A probe batch is this fraction of the training batch unless a number of samples is asked for."""
+
+
+def batch_tensors(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch: in tuples, lists, mappings (a tokenizer's output too) and dataclasses."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
+
+
+def batch_size(batch: Any) -> int | None:
+    """Return the length of the first tensor of a batch, None if it has none."""
+    tensors = batch_tensors(batch)
+    return tensors[0].shape[0] if tensors and tensors[0].ndim else None
 
 
 def take_samples(batch: Any, samples: int | None = None) -> Any:
@@ -33,19 +46,31 @@ def take_samples(batch: Any, samples: int | None = None) -> Any:
         batch: any nesting of tensors and other things.
         samples: how many; a number above the batch's size keeps all, None takes a sixteenth of the batch, at least one.
     """
-    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    size = tensors[0].shape[0] if tensors and tensors[0].ndim else None
+    size = batch_size(batch)
     if samples is None and size is not None:
         samples = max(1, size // SHARE)
 
-    def take(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
+    def take(leaf: Tensor) -> Tensor:
         if samples is not None and size is not None and leaf.ndim and leaf.shape[0] == size:
             leaf = leaf[:samples]
         return leaf.detach().clone()
 
-    return pytree.tree_map(take, batch)
+    return apply_to_collection(batch, Tensor, take)
+
+
+def with_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return a batch of the structure of ``batch`` that holds ``tensors``, in the order of :func:`batch_tensors`.
+
+    This brings a captured batch back from a checkpoint, which may hold tensors but no foreign containers.
+
+    Raises:
+        ValueError: if the number of tensors differs.
+    """
+    places = batch_tensors(batch)
+    if len(places) != len(tensors):
+        raise ValueError(f"the batch holds {len(places)} tensors, {len(tensors)} were given")
+    given = iter(tensors)
+    return apply_to_collection(batch, Tensor, lambda leaf: next(given).to(leaf.device))
 
 
 class RecordLogits(TorchFunctionMode):
@@ -97,7 +122,7 @@ class Probe:
         live = named_parameters(module)
         self._widened = any(p.dtype in (torch.bfloat16, torch.float16) for p in live.values())
         if self._widened:
-            self._batch = pytree.tree_map(_widen, batch)
+            self._batch = apply_to_collection(batch, Tensor, _widen)
             self.params: dict[str, Tensor] = {n: _widen(p.detach()).requires_grad_() for n, p in live.items()}
         else:
             self.params = dict(live)
@@ -154,8 +179,8 @@ def _compiled_name(module: torch.nn.Module, name: str) -> str:
     raise KeyError(name)
 
 
-def _widen(leaf: Any) -> Any:
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+def _widen(leaf: Tensor) -> Tensor:
+    return leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf
 
 
 def _loss_of_step(module: L.LightningModule, batch: Any, batch_idx: int) -> Tensor:
@@ -198,6 +223,27 @@ def _full_precision_default(trainer: L.Trainer) -> Generator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def refuse_reentrant_checkpointing(loss: Tensor, module: L.LightningModule, who: str) -> None:
+    """Refuse a loss behind reentrant activation checkpointing: it can be differentiated only into ``.grad``.
+
+    Raises:
+        MisconfigurationException: saying what to change.
+    """
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise MisconfigurationException(
+                f"{who} needs second derivatives, and {type(module).__name__} uses reentrant activation checkpointing, "
+                "which has none: call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
+        stack.extend(following for following, _ in node.next_functions)
 
 
 def refuse_manual_without_loss(module: L.LightningModule, who: str) -> None:

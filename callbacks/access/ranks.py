@@ -1,7 +1,7 @@
-"""Curvature of the loss over all ranks' probe batches."""
+"""What several processes know together: curvature over all their probe batches, and the spread of their gradients."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -51,22 +51,59 @@ class MeanOverRanks:
 
     def __init__(self, H: FlatOperator, trainer: L.Trainer) -> None:
         self._H = H
-        self._strategy = trainer.strategy
+        self._trainer = trainer
         self.shape, self.dtype, self.device = H.shape, H.dtype, H.device
         self.flatten, self.unflatten = H.flatten, H.unflatten
 
     @property
     def gradient(self) -> Tensor:
         """Gradient of the mean loss, flat [P]."""
-        return self._mean(self._H.gradient)
+        return mean_over_ranks(self._H.gradient, self._trainer)
 
     def __matmul__(self, v: Tensor, /) -> Tensor:
-        return self._mean(self._H @ v)
+        return mean_over_ranks(self._H @ v, self._trainer)
 
-    def _mean(self, v: Tensor) -> Tensor:
-        reduced = self._strategy.reduce(v, reduce_op="mean")
-        assert isinstance(reduced, Tensor)
-        return reduced
+
+def mean_over_ranks(value: Tensor, trainer: L.Trainer) -> Tensor:
+    """Return the mean of a tensor over all ranks, a new one; in one process the tensor itself."""
+    if trainer.world_size == 1:
+        return value
+    reduced = trainer.strategy.reduce(value.clone(), reduce_op="mean")  # it works in place
+    assert isinstance(reduced, Tensor)
+    return reduced
+
+
+class LocalSquares:
+    """Squared norms of each rank's own gradient, noted before DDP averages it, without a further backward.
+
+    A hook on each parameter runs when its gradient has been accumulated; DDP's reduction starts after it. Hooks stand
+    from :meth:`open` to :meth:`close` only, so steps that are not measured pay nothing. Under accumulation the last
+    micro-batch counts: the gradient is then the rank's mean over all of them.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+        self._squares: dict[str, Tensor] = {}
+
+    def open(self, params: Mapping[str, Tensor]) -> None:
+        """Start to listen."""
+        self.close()
+        self._handles = [p.register_post_accumulate_grad_hook(self._noting(name)) for name, p in params.items()]
+
+    def close(self) -> dict[str, Tensor]:
+        """Stop listening; return the squared norms by name, in float32 or wider, of scaled gradients if they are."""
+        for handle in self._handles:
+            handle.remove()
+        squares, self._handles, self._squares = self._squares, [], {}
+        return squares
+
+    def _noting(self, name: str) -> Any:
+        def note(p: Tensor) -> None:
+            if p.grad is not None:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self._squares[name] = torch.linalg.vector_norm(p.grad, dtype=wide).square()
+
+        return note
 
 
 def over_ranks(H: FlatOperator, trainer: L.Trainer) -> FlatOperator:

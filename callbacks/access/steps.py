@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from evolute.callbacks.access.backend import named_parameters
 
@@ -86,6 +86,11 @@ class StepDoor:
             self._handles.append(optimizer.register_step_pre_hook(self._make_pre_hook(index)))
             self._handles.append(optimizer.register_step_post_hook(self._post_hook))
 
+    @property
+    def underway(self) -> bool:
+        """Whether an update has begun and not ended: what the closure runs now, it runs again."""
+        return self._open is not None
+
     def attach(self, action: Action) -> None:
         """Let an action take part in every step from now on."""
         self._actions.append(action)
@@ -137,10 +142,7 @@ class StepDoor:
     def _refuse_second_call(self, optimizer: Optimizer) -> None:
         if any(action.stage < Stage.OBSERVE for action in self._actions):
             self.recover()
-            raise MisconfigurationException(
-                f"{type(optimizer).__name__} evaluates its closure more than once a step; a callback that changes "
-                "steps needs an optimizer that evaluates it once (SGD, Adam, Muon, ...)"
-            )
+            raise MisconfigurationException(_calls_twice(optimizer))
 
     def _before_update(self, step: OptimizerStep) -> None:
         self._open = step
@@ -187,6 +189,8 @@ class _SplitGroups:
             pieces = [_piece(group, [i], ratio_of[id(p)]) for i, p in enumerate(group["params"]) if id(p) in ratio_of]
             if rest or not pieces:
                 pieces.append(_piece(group, rest, None))
+            for piece in pieces[1:]:  # a counter kept as a tensor must go up once a step, not once a piece
+                piece.update({k: v.clone() for k, v in piece.items() if isinstance(v, Tensor) and k != "lr"})
             self._pieces.append(pieces)
         self._list[:] = [piece for pieces in self._pieces for piece in pieces]
 
@@ -208,11 +212,26 @@ def _piece(group: dict[str, Any], members: list[int], ratio: float | None) -> di
     return piece
 
 
+def _calls_twice(optimizer: Optimizer) -> str:
+    return (
+        f"{type(optimizer).__name__} evaluates its closure more than once a step; a callback that changes "
+        "steps needs an optimizer that evaluates it once (SGD, Adam, Muon, ...)"
+    )
+
+
 _doors: "WeakKeyDictionary[L.Trainer, StepDoor]" = WeakKeyDictionary()
 
 
 def attach(trainer: L.Trainer, action: Action) -> None:
-    """Let ``action`` take part in every optimizer step of ``trainer``; call it in ``on_fit_start``."""
+    """Let ``action`` take part in every optimizer step of ``trainer``; call it in ``on_fit_start``.
+
+    Raises:
+        MisconfigurationException: if the action changes steps and an optimizer is LBFGS. Others that evaluate their
+            closure twice are found out, and refused, in their first step.
+    """
+    searching = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, LBFGS)]
+    if searching and action.stage < Stage.OBSERVE:
+        raise MisconfigurationException(_calls_twice(searching[0]))
     if trainer not in _doors:
         _doors[trainer] = StepDoor(trainer)
     _doors[trainer].attach(action)
@@ -222,6 +241,11 @@ def detach(trainer: L.Trainer, action: Action) -> None:
     """Undo :func:`attach`; call it in ``teardown``. Detaching what was never attached does nothing."""
     if trainer in _doors and _doors[trainer].detach(action):
         del _doors[trainer]
+
+
+def underway(trainer: L.Trainer) -> bool:
+    """Say whether the update of a step has begun: a hook that fires then belongs to a repeated closure."""
+    return trainer in _doors and _doors[trainer].underway
 
 
 def recover(trainer: L.Trainer) -> None:

@@ -28,10 +28,10 @@ def untouched(module: nn.Module) -> Generator[None]:
     """Restore, on the way out, everything about ``module`` and the random generators that a forward pass may change.
 
     That is: buffers (batch-norm statistics), train/eval flags, plain attributes of every submodule, with the contents
-    of lists, dicts, sets and tensors among them (torchmetrics states, a list that the step appends to), ``.grad``, and
-    the Python, NumPy, torch and CUDA random states. Identity is kept too: the same list object, the same tensor, at any
-    depth. Parameters are not copied: nothing here may change them. Files, sockets and the insides of foreign objects
-    cannot be restored; a module with such effects defines ``loss_on``.
+    of lists, dicts, sets, tensors and random generators among them (torchmetrics states, a list that the step appends
+    to), ``.grad``, and the global Python, NumPy, torch and CUDA random states. Identity is kept too: the same list
+    object, the same tensor, at any depth. Parameters are not copied: nothing here may change them. Files, sockets and
+    the insides of foreign objects cannot be restored; a module with such effects defines ``loss_on``.
     """
     attributes = [
         (m.__dict__, {k: _snapshot(v) for k, v in m.__dict__.items() if k not in _STRUCTURE}) for m in module.modules()
@@ -102,7 +102,30 @@ def _snapshot(value: Any) -> Callable[[], Any]:
             return value
 
         return unordered
+    if isinstance(value, torch.Generator | random.Random | np.random.Generator):
+        return _generator(value)
     return lambda: value
+
+
+def _generator(value: torch.Generator | random.Random | np.random.Generator) -> Callable[[], Any]:
+    if isinstance(value, torch.Generator):
+        bits = value.get_state()
+        return lambda: value.set_state(bits)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+
+        def rewound() -> Any:
+            value.setstate(python)
+            return value
+
+        return rewound
+    numpy = value.bit_generator.state
+
+    def restored() -> Any:
+        value.bit_generator.state = numpy
+        return value
+
+    return restored
 
 
 @contextmanager
