@@ -130,7 +130,7 @@ def _samples(runs: Sequence[Run]) -> tuple[str, str, str]:
         for step in dict.fromkeys([*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]]):
             texts = "".join(
                 f'<pre><span class="prompt">{escape(_clip(sample.get("prompt")))}</span>'
-                f"{escape(_clip(sample.get('continuation')))}</pre>"
+                f"{escape(_clip(sample.get('text')))}</pre>"
                 for sample in run.samples
                 if sample.get("step") == step
             )

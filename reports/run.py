@@ -31,7 +31,7 @@ class Run:
         config: the configuration of the latest start, parsed; empty if there is none.
         config_files: file name -> text of every configuration kept, in the order of the starts.
         environment: versions, machine, seed, command and whatever else the run noted about itself.
-        samples: continuations written during training, each with ``step``, ``prompt`` and ``continuation``.
+        samples: continuations written during training, each with ``step``, ``prompt`` and ``text``.
     """
 
     folder: Path

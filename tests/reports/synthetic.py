@@ -49,7 +49,7 @@ def write_run(
         {
             "step": step,
             "prompt": "def read(path):\n    ",
-            "continuation": f"with open(path) as file:\n        return {step}",
+            "text": f"with open(path) as file:\n        return {step}",
         }
         for step in range(0, steps + 1, max(steps // 4, 1))
     ]

@@ -110,7 +110,7 @@ def test_names_and_texts_of_a_run_are_shown_as_they_are(tmp_path):
     folder = write_run(tmp_path / "<b>run", steps=40, layers=[EVIL, *LAYERS[1:4]])
     (folder / "config.yaml").write_text(f"note: {EVIL}\n")
     (folder / "environment.json").write_text(json.dumps({"command": EVIL, EVIL: "</table>"}))
-    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": EVIL, "continuation": "</pre>" + EVIL}))
+    (folder / "samples.jsonl").write_text(json.dumps({"step": 1, "prompt": EVIL, "text": "</pre>" + EVIL}))
     text = write_report([folder], tmp_path / "report.html").read_text()
     page = Page(text)
     assert "script" not in page.tags

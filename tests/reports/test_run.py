@@ -73,7 +73,7 @@ def test_damaged_side_files_are_left_out(tmp_path):
             "step,loss\n0,1\n",
             config__yaml="a: [",
             environment__json="{",
-            samples__jsonl='{"step": 1, "prompt": "p", "continuation": "c"}\n{"step": 2, "pro',
+            samples__jsonl='{"step": 1, "prompt": "p", "text": "c"}\n{"step": 2, "pro',
         )
     )
     assert run.config == {}
