@@ -1,12 +1,13 @@
-"""What the callbacks cost: wall-clock and memory of the demo's training run with and without them.
+"""What the callbacks cost: wall-clock and memory of the demo's training with and without them.
 
-Arms: ``base`` (no callback), ``monitors`` (CurvatureMonitor, StepRadius and LayerMonitor at their defaults),
-``noise`` (NoiseAdaptiveLR measuring every k-th step) and ``noise every step``. Arms alternate within a round, and the ratio to the
-base is that of the medians over rounds; their spread is printed. Bars: monitors at most 3 % with at least 25 sharpness
-points and 100 step ratios, noise at most 5 %, and at most one copy of the gradient of extra memory for it.
+Arms: ``base`` (no callback), ``monitors`` (CurvatureMonitor, StepRadius and LayerMonitor at their defaults) and
+``noise`` (NoiseAdaptiveLR measuring every k-th step). They train side by side in one process and take turns every
+hundred steps, so that a machine that slows down slows them all; the ratio is that of the medians over these turns,
+each of which holds every kind of measurement. Bars: monitors at most 3 % with at least 25 sharpness points and 100
+step ratios, noise at most 5 % and at most one copy of the gradient held between steps.
 
-    python benchmarks/overhead.py                          # about 40 minutes on one core
-    python benchmarks/overhead.py --steps 300 --rounds 2   # a rough look
+    python benchmarks/overhead.py                # half an hour on one core
+    python benchmarks/overhead.py --steps 600    # a rough look, too short for the counts
 
 The exit code is 1 if a bar is missed.
 """
@@ -16,6 +17,7 @@ import json
 import logging
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -26,6 +28,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -36,33 +39,63 @@ from evolute.recipes.llm import Pretrain
 from evolute.registry import resolve
 
 RECIPE = yaml.safe_load(resolve("llm/pretrain").read_text())
+TURN = 100
 EVERY = 5
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "base": list,
     "monitors": lambda: [CurvatureMonitor(), StepRadius(), LayerMonitor()],
-    f"noise, every {EVERY}": lambda: [NoiseAdaptiveLR(every_n_steps=EVERY)],
-    "noise, every step": lambda: [NoiseAdaptiveLR()],
+    "noise": lambda: [NoiseAdaptiveLR(every_n_steps=EVERY)],
 }
 
 
-class Stopwatch(Callback):
-    """Time the training loop without its set-up; count what was recorded; find the most held between two steps."""
+class Turns:
+    """Let one arm train at a time."""
 
-    def __init__(self) -> None:
-        self.recorded: dict[str, int] = {}
+    def __init__(self, arms: list[str]) -> None:
+        self._changed = threading.Condition()
+        self._waiting = list(arms)
+
+    def wait_for(self, arm: str) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[0] == arm)
+
+    def pass_on(self, arm: str, done: bool = False) -> None:
+        with self._changed:
+            self._waiting.remove(arm)
+            if not done:
+                self._waiting.append(arm)
+            self._changed.notify_all()
+
+
+class Stopwatch(Callback):
+    """Time an arm's turns and count what it recorded."""
+
+    def __init__(self, arm: str, turns: Turns) -> None:
+        self.arm, self.turns = arm, turns
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
         self.held = 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self.wall, self.cpu = time.perf_counter(), time.process_time()
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._began = time.perf_counter(), time.thread_time()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        self.seconds, self.cpu_seconds = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            self.held = max(self.held, tensors_of(callback.state_dict()))
+        if trainer.global_step % TURN:
+            return
+        self.wall.append(time.perf_counter() - self._began[0])
+        self.cpu.append(time.thread_time() - self._began[1])
+        held = [tensors_of(callback.state_dict().get("pairs")) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        self.held = max(self.held, *held)
+        if trainer.global_step < trainer.max_steps:
+            self.turns.pass_on(self.arm)
+            self.turns.wait_for(self.arm)
+            self._start()
 
 
-class Counter(L.pytorch.loggers.logger.DummyLogger):
+class Counter(DummyLogger):
     """Count measurements instead of writing them."""
 
     def __init__(self) -> None:
@@ -82,52 +115,53 @@ def tensors_of(state: Any) -> int:
     return sum(tensors_of(v) for v in values)
 
 
-def run(arm: str, steps: int, seed: int) -> dict[str, Any]:
-    """Train the demo's model for some steps, without validation, and say what it took."""
-    L.seed_everything(seed, verbose=False)
-    module = Pretrain(**{**RECIPE["model"]["init_args"], "samples": 0})
-    data = TextDataModule(**RECIPE["data"]["init_args"])
-    watch, counter = Stopwatch(), Counter()
-    trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=counter,
-        gradient_clip_val=RECIPE["trainer"]["gradient_clip_val"], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[*ARMS[arm](), watch],
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    gradient = sum(p.numel() * p.element_size() for p in named_parameters(module).values())
-    loss = float(trainer.callback_metrics["train/loss"])
-    return {
-        "arm": arm, "steps": steps, "seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds, "loss": loss,
-        "held_gradients": watch.held / gradient,
-        "sharpness": counter.counts.get("curvature/sharpness", 0), "ratios": counter.counts.get("step/ghost_ratio", 0),
-    }  # fmt: skip
+def train(arm: str, steps: int, turns: Turns, results: dict[str, Any]) -> None:
+    """Train one arm, in turns with the others."""
+    turns.wait_for(arm)
+    try:
+        L.seed_everything(0, verbose=False)
+        module = Pretrain(**{**RECIPE["model"]["init_args"], "samples": 0})
+        watch, counter = Stopwatch(arm, turns), Counter()
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, limit_val_batches=0, logger=counter,
+            gradient_clip_val=RECIPE["trainer"]["gradient_clip_val"], enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[*ARMS[arm](), watch],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=TextDataModule(**RECIPE["data"]["init_args"]))
+        gradient = sum(p.numel() * p.element_size() for p in named_parameters(module).values())
+        results[arm] = {
+            "wall": watch.wall, "cpu": watch.cpu, "held_gradients": watch.held / gradient,
+            "loss": float(trainer.callback_metrics["train/loss"]),
+            "sharpness": counter.counts.get("curvature/sharpness", 0),
+            "ratios": counter.counts.get("step/ghost_ratio", 0),
+        }  # fmt: skip
+    finally:
+        turns.pass_on(arm, done=True)
 
 
-def report(results: list[dict[str, Any]]) -> int:
+def report(results: dict[str, Any]) -> int:
     """Print the table; return how many bars were missed."""
-    table = Table("arm", "wall s, median (range)", "ratio", "CPU ratio", "sharpness points", "step ratios",
-                  "gradient copies held", "last loss", title="Cost of the callbacks on the demo model")  # fmt: skip
-    by_arm = {arm: [r for r in results if r["arm"] == arm] for arm in ARMS}
+    table = Table("arm", "ms a step: median (range) over turns", "ratio of medians", "of thread CPU time",
+                  "sharpness points", "step ratios", "gradient copies held", "last loss",
+                  title="Cost of the callbacks on the demo's model")  # fmt: skip
 
-    def median(arm: str, key: str) -> float:
-        return statistics.median(r[key] for r in by_arm[arm])
+    def ratio(arm: str, key: str = "wall") -> float:
+        return statistics.median(results[arm][key]) / statistics.median(results["base"][key])
 
-    for arm, runs in by_arm.items():
-        walls = [r["seconds"] for r in runs]
+    for arm, run in results.items():
+        steps = [1e3 * seconds / TURN for seconds in run["wall"]]
         table.add_row(
-            arm, f"{median(arm, 'seconds'):.1f} ({min(walls):.1f}-{max(walls):.1f})",
-            f"{median(arm, 'seconds') / median('base', 'seconds'):.3f}",
-            f"{median(arm, 'cpu_seconds') / median('base', 'cpu_seconds'):.3f}", str(runs[0]["sharpness"]),
-            str(runs[0]["ratios"]), f"{runs[0]['held_gradients']:.2f}", f"{median(arm, 'loss'):.3f}",
+            arm, f"{statistics.median(steps):.1f} ({min(steps):.1f}-{max(steps):.1f})", f"{ratio(arm):.3f}",
+            f"{ratio(arm, 'cpu'):.3f}", str(run["sharpness"]), str(run["ratios"]), f"{run['held_gradients']:.2f}",
+            f"{run['loss']:.3f}",
         )  # fmt: skip
     Console().print(table)
-    noise = f"noise, every {EVERY}"
     bars = {
-        "monitors cost at most 3 %": median("monitors", "seconds") <= 1.03 * median("base", "seconds"),
-        "at least 25 sharpness points": by_arm["monitors"][0]["sharpness"] >= 25,
-        "at least 100 step ratios": by_arm["monitors"][0]["ratios"] >= 100,
-        "noise-adaptive rates cost at most 5 %": median(noise, "seconds") <= 1.05 * median("base", "seconds"),
-        "noise-adaptive rates hold at most one gradient": by_arm[noise][0]["held_gradients"] <= 1.001,
+        f"monitors cost at most 3 % ({ratio('monitors') - 1:+.1%})": ratio("monitors") <= 1.03,
+        "at least 25 sharpness points": results["monitors"]["sharpness"] >= 25,
+        "at least 100 step ratios": results["monitors"]["ratios"] >= 100,
+        f"noise-adaptive rates, k = {EVERY}, cost at most 5 % ({ratio('noise') - 1:+.1%})": ratio("noise") <= 1.05,
+        "noise-adaptive rates hold at most one gradient": results["noise"]["held_gradients"] <= 1.001,
     }
     for bar, met in bars.items():
         print(f"{'met   ' if met else 'MISSED'} {bar}")
@@ -135,23 +169,27 @@ def report(results: list[dict[str, Any]]) -> int:
 
 
 def main() -> int:
-    """Run all arms in alternation."""
+    """Train all arms in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2600, help=f"optimizer steps of each arm, a multiple of {TURN}")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write every run's numbers here")
+    parser.add_argument("--json", type=Path, help="write every turn's numbers here")
     args = parser.parse_args()
+    if args.steps < TURN or args.steps % TURN:
+        parser.error(f"--steps {args.steps}: must be a multiple of {TURN}")
     torch.set_num_threads(args.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    run("monitors", 20, seed=0)  # imports, allocator and caches warm up
-    results: list[dict[str, Any]] = []
-    for round_ in range(args.rounds):
-        arms = list(ARMS) if round_ % 2 == 0 else list(reversed(ARMS))
-        for arm in arms:
-            results.append(run(arm, args.steps, seed=round_))
-            print(json.dumps(results[-1]), flush=True)
+    results: dict[str, Any] = {}
+    turns = Turns(list(ARMS))
+    threads = [threading.Thread(target=train, args=(arm, args.steps, turns, results)) for arm in ARMS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if set(results) != set(ARMS):
+        return 2  # an arm failed and has said why
+    results = {arm: results[arm] for arm in ARMS}
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     return 1 if report(results) else 0
