@@ -110,9 +110,17 @@ class RunCheckpoint(Callback):
             )
         self._restore = saved
         self._saved_step = int(checkpoint["global_step"])
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not when the checkpoint is loaded: the run may still be refused, or be finished, and then nothing changes.
+        if self._restore is None:
+            return
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
-                logger.rewind(saved["log_step"])
+                logger.rewind(self._restore["log_step"])
+        if trainer.is_global_zero:
+            _forget(Path(trainer.default_root_dir), self.folder, self._restore["log_step"])
 
     def _put_back(self, trainer: L.Trainer, saved: dict[str, Any]) -> None:
         """Make counters and generators what they were when the checkpoint was made, at this same hook."""
@@ -128,6 +136,15 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the whole checkpoints of a folder, oldest first."""
     found = [p for p in Path(folder).glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", p.name)]
     return sorted(found, key=lambda p: int(p.stem.split("=")[1]))
+
+
+def _forget(run: Path, folder: str, step: int) -> None:
+    """Remove what a killed process left behind: half a checkpoint, and arrays of steps that will be taken again."""
+    for half in (run / folder).glob("*.tmp"):
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+    for arrays in (run / "arrays").rglob("*.npz"):
+        if arrays.stem.isdigit() and int(arrays.stem) >= step:
+            arrays.unlink()
 
 
 def module_path(module: L.LightningModule) -> str:

@@ -1,9 +1,10 @@
 """The command line. What needs no torch answers before torch is imported."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from evolute.registry import nearest, recipes, resolve, summary
+from evolute.registry import check_yaml, nearest, recipes, resolve, summary
 
 USAGE = """usage: evolute COMMAND ...
 
@@ -16,6 +17,7 @@ USAGE = """usage: evolute COMMAND ...
 
   --any.key value overrides a value of the configuration; 'evolute fit --help' lists the keys
   --run DIR      run folder (default: runs/<recipe>-<number>), --resume continues it
+                 Ctrl-C ends a run in order; it continues from its newest checkpoint
   --wandb true   also log to Weights & Biases (offline unless logged in); --tensorboard true likewise
 """
 
@@ -23,7 +25,7 @@ TRAINING = ("fit", "validate", "test", "predict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, or 2 for bad input with one line on stderr."""
+    """Run one command; return its exit code: 0, 2 for bad input with one line on stderr, or 130 after Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -43,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if command not in commands:
         return fail(f"no command {command!r}{nearest(command, list(commands))}; 'evolute --help' lists the commands")
-    return commands[command](rest)
+    try:
+        return commands[command](rest)
+    except KeyboardInterrupt:
+        return 130
 
 
 def fail(message: str) -> int:
@@ -61,9 +66,19 @@ def _train(command: str) -> Callable[[list[str]], int]:
         wants_help = any(a in ("-h", "--help") or a.startswith("--help=") for a in args)
         if not names and not wants_help:
             return fail(f"{command} needs --config RECIPE; 'evolute recipes' lists the packaged ones")
-        print("evolute: loading torch and lightning ...", file=sys.stderr, flush=True)
-        from evolute.cli import train
-
+        watched = sys.stderr.isatty()
+        # Read when these libraries are imported: what they say on stderr says nothing about the run.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        if not watched:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        if watched:  # a notice for who waits, wiped out again: errors stand alone
+            print("loading torch and lightning ...", end="\r", file=sys.stderr, flush=True)
+        try:
+            from evolute.cli import train
+        finally:
+            if watched:
+                print(" " * 40, end="\r", file=sys.stderr, flush=True)
         return train(command, args, names)
 
     return run
@@ -80,7 +95,9 @@ def _resolved(args: list[str]) -> tuple[list[str], list[str]]:
             if not rest or rest[0].startswith("-"):
                 raise ValueError("--config needs the name of a recipe or a YAML file")
             names.append(rest.pop(0))
-            out += ["--config", str(resolve(names[-1]))]
+            path = resolve(names[-1])
+            check_yaml(path)
+            out += ["--config", str(path)]
         elif word.startswith("--config="):
             rest = ["--config", word.removeprefix("--config="), *rest]
         elif word == "--resume" and (not rest or rest[0].startswith("-")):

@@ -1,17 +1,14 @@
 """Training commands: LightningCLI, with a run folder, exact resume, and errors of one line."""
 
 import importlib
-import logging
 import os
-import secrets
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -19,8 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from evolute.__main__ import fail
 from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
-from evolute.messages import condense
-from evolute.run_folder import RunFolder, next_free
+from evolute.messages import Held, condense
+from evolute.run_folder import MakeLogger, RunFolder, next_free, tensorboard_logger, wandb_logger
 
 
 class BadInput(Exception):
@@ -36,8 +33,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`BadInput` instead of printing the usage."""
-        known = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
-        raise BadInput(condense(message, known))
+        parser = getattr(ex, "subcommand_parser", self)
+        known = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+        raise BadInput(condense(message, known)) from ex
 
 
 class RecipeCLI(LightningCLI):
@@ -46,11 +44,12 @@ class RecipeCLI(LightningCLI):
     Args:
         names: configurations as the user named them, for the run folder's name.
         args: command-line arguments, the command first.
+        held: released once the run starts.
     """
 
-    def __init__(self, names: list[str], args: list[str]) -> None:
+    def __init__(self, names: list[str], args: list[str], held: Held) -> None:
         self.names = names
-        self.started = False
+        self.held = held
         super().__init__(
             seed_everything_default=0,
             save_config_callback=None,
@@ -88,51 +87,74 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
         config = self.config[str(self.subcommand)]
-        if not isinstance(config.model.get("class_path"), str):
-            raise BadInput("the configuration names no model: give it a 'model' section with class_path")
+        if config.trainer.get("default_root_dir") is not None:
+            raise BadInput(f"trainer.default_root_dir={config.trainer.default_root_dir!r}: name the folder with --run")
         recipe = Path(self.names[0]).stem if self.names else "run"
         self.folder = Path(config.run) if config.run else next_free(Path("runs"), recipe)
         self.ckpt: Path | None = Path(config.ckpt_path) if config.get("ckpt_path") else None
         if self.subcommand == "fit":
-            existing = checkpoints(self.folder / "checkpoints")
-            if config.resume and config.run is None:
-                raise BadInput("--resume needs --run DIR, the run to continue")
-            if not config.resume and (self.folder / "config.yaml").exists():
-                raise BadInput(
-                    f"{self.folder} holds a run already: add --resume to continue it, or choose another --run"
-                )
-            if config.resume and existing and self.ckpt is None:
-                self.ckpt = existing[-1]
+            self._settle(config)
         if self.ckpt is not None:
             check_checkpoint(self.ckpt, config.model.class_path)
+
+    def _settle(self, config: Any) -> None:
+        """Decide whether a fit begins or continues a run, and how long it lasts."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise BadInput(f"--run {self.folder} is not a folder")
+        begun = (self.folder / "config.yaml").exists()
+        if config.resume and config.run is None:
+            raise BadInput("--resume needs --run DIR, the run to continue")
+        if config.resume and not begun:
+            raise BadInput(f"--resume: {self.folder} holds no run; leave --resume out to begin one there")
+        if begun and not config.resume:
+            raise BadInput(f"{self.folder} holds a run already: add --resume to continue it, or choose another --run")
+        existing = checkpoints(self.folder / "checkpoints")
+        if config.resume and existing and self.ckpt is None:
+            self.ckpt = existing[-1]
+        trainer = config.trainer
+        if trainer.max_epochs is None:  # Lightning would train a thousand epochs
+            trainer.max_epochs = 1 if trainer.max_steps == -1 and trainer.max_time is None else -1
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run's loggers and callbacks around those of the configuration."""
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         chosen: list[Callback] = config.get("callbacks") or []
-        config.update(default_root_dir=str(self.folder), logger=self._loggers(), enable_checkpointing=False)
-        config["max_epochs"] = -1 if config.get("max_epochs") is None else config["max_epochs"]
-        if self.subcommand == "fit":
-            first = RunCheckpoint(every_n_steps=self._get(self.config_init, "checkpoint_every"))
-            resolved = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="yaml")
-            folder = RunFolder(yaml.safe_load(resolved), self._note_start)
-            report = [] if any(isinstance(c, RunReport) for c in chosen) else [RunReport()]
-            bar = [] if any(isinstance(c, ProgressBar) for c in chosen) else [TQDMProgressBar()]
-            config["callbacks"] = [first, folder, *chosen, *report, *bar]
+        config.update(default_root_dir=str(self.folder), enable_checkpointing=False)
+        if self.subcommand != "fit":
+            start = {f"on_{stage}_start": lambda *_: self.held.release() for stage in ("validation", "test", "predict")}
+            config.update(callbacks=[LambdaCallback(**start), *chosen], logger=False)
+            return self.trainer_class(**config)
+        resolved = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, format="yaml")
+        folder = RunFolder(
+            yaml.safe_load(resolved),
+            numbered=not self._get(self.config, "run"),
+            loggers=self._late_loggers(),
+            on_start=self.held.release,
+        )
+        first = RunCheckpoint(every_n_steps=self._get(self.config_init, "checkpoint_every"))
+        report = [] if any(isinstance(c, RunReport) for c in chosen) else [RunReport()]
+        own_bar = config.get("enable_progress_bar") is False or any(isinstance(c, ProgressBar) for c in chosen)
+        bar = [] if own_bar else [TQDMProgressBar()]
+        config["callbacks"] = [first, folder, *chosen, *report, *bar]
+        given = config.get("logger")
+        given = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+        config["logger"] = [MetricsCSV(self.folder), *given]
         return self.trainer_class(**config)
 
-    def _loggers(self) -> list[Logger]:
-        if self.subcommand != "fit":
-            return []
-        loggers: list[Logger] = [MetricsCSV(self.folder)]
-        if self._get(self.config_init, "wandb"):
-            loggers.append(_wandb(self.folder))
-        if self._get(self.config_init, "tensorboard"):
-            loggers.append(_tensorboard(self.folder))
-        return loggers
-
-    def _note_start(self) -> None:
-        self.started = True
+    def _late_loggers(self) -> list[MakeLogger]:
+        """Return makers of the loggers that write as soon as they exist, after checking that they can be made."""
+        makers: list[MakeLogger] = []
+        for key, package, maker in (
+            ("wandb", "wandb", wandb_logger),
+            ("tensorboard", "torch.utils.tensorboard", tensorboard_logger),
+        ):
+            if self._get(self.config_init, key):
+                try:
+                    importlib.import_module(package)
+                except ImportError as error:
+                    raise BadInput(f"--{key} needs the extra: pip install 'evolute[{key}]'") from error
+                makers.append(maker)
+        return makers
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -153,10 +175,10 @@ def check_checkpoint(path: Path, model: str) -> None:
         return
     try:
         content = torch.load(path, weights_only=True, map_location="meta", mmap=True)
-    except Exception as error:
-        raise BadInput(
-            f"{path} is no readable checkpoint, it may be truncated: {str(error).splitlines()[0][:160]}"
-        ) from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # zip, pickle and end-of-file errors, which tell the user no more than this
+        raise BadInput(f"{path} is no checkpoint, or was truncated") from error
     owner = content.get("evolute", {}).get("module") if isinstance(content, dict) else None
     if owner is None:
         raise BadInput(f"{path} was not written by an evolute run")
@@ -171,59 +193,29 @@ def _real_path(class_path: str) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _wandb(folder: Path) -> Logger:
-    try:
-        import wandb
-        from lightning.pytorch.loggers import WandbLogger
-    except ImportError as error:
-        raise BadInput("--wandb needs the extra: pip install 'evolute[wandb]'") from error
-    id_file = folder / "wandb" / "run_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    online = bool(wandb.api.api_key)
-    return WandbLogger(
-        name=folder.name, save_dir=folder, id=run_id, resume="allow", offline=not online, project="evolute"
-    )
-
-
-def _tensorboard(folder: Path) -> Logger:
-    try:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(folder, name="tensorboard", version="")
-    except ImportError as error:
-        raise BadInput("--tensorboard needs the extra: pip install 'evolute[tensorboard]'") from error
-
-
 def train(command: str, args: list[str], names: list[str]) -> int:
-    """Run a training command; return 0, or 2 with one line on stderr for bad input.
+    """Run a training command; return 0, 130 after Ctrl-C, or 2 with one line on stderr for bad input.
 
-    Errors before the first step are the user's to mend and get one line. Later ones are ours and keep their traceback.
+    Errors before the first batch are the user's to mend and get one line, with nothing beside it: warnings and log
+    entries wait until the run starts. Later errors keep their traceback; EVOLUTE_DEBUG=1 keeps it always.
     """
-    quiet()
-    cli = RecipeCLI.__new__(RecipeCLI)
+    held = Held()
     try:
-        cli.__init__(names, [command, *args])
+        cli = RecipeCLI(names, [command, *args], held)
     except BadInput as error:
         return fail(str(error))
     except (MisconfigurationException, ValueError, OSError, ImportError, RuntimeError, TypeError, KeyError) as error:
-        if getattr(cli, "started", False):
+        if held.released or os.environ.get("EVOLUTE_DEBUG"):
             raise
-        return fail(condense(str(error)) or type(error).__name__)
+        plain = isinstance(error, MisconfigurationException | ValueError | OSError | ImportError | RuntimeError)
+        return fail(condense(str(error) if plain else f"{type(error).__name__}: {error}") or type(error).__name__)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends so after Ctrl-C
+            return 130
+        raise
+    finally:
+        held.close()
+    if command == "fit" and not held.released:
+        step = cli.trainer.global_step
+        print(f"{cli.folder} is finished, at step {step}: a larger trainer.max_steps or max_epochs would continue it")
     return 0
-
-
-def quiet() -> None:
-    """Silence notices that say nothing about the run."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_uninformative)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
-
-
-def _uninformative(entry: Any) -> bool:
-    text = entry.getMessage()
-    return not any(
-        part in text for part in ("litlogger", "GPU available", "TPU available", "HPU available", "Seed set to")
-    )

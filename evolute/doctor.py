@@ -3,12 +3,11 @@
 import importlib.util
 import os
 import shutil
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from evolute.run_folder import environment_facts
+from evolute.run_folder import environment_facts, wandb_logged_in
 
 EXTRAS = {
     "llm": ("transformers", "datasets", "safetensors", "peft"),
@@ -43,6 +42,4 @@ def doctor() -> int:
 def _wandb() -> str:
     if importlib.util.find_spec("wandb") is None:
         return "not installed"
-    keys = os.environ.get("WANDB_API_KEY"), Path.home() / ".netrc"
-    logged_in = bool(keys[0]) or (keys[1].exists() and "wandb" in keys[1].read_text())
-    return "logged in" if logged_in else "not logged in: runs are kept offline in the run folder"
+    return "logged in" if wandb_logged_in() else "not logged in: runs are kept offline in the run folder"

@@ -1,8 +1,11 @@
-"""Errors of the configuration in one line: what is wrong, where, and the nearest valid name."""
+"""What is said on stderr: errors of the configuration in one line, and nothing else before a run starts."""
 
+import functools
 import importlib
+import logging
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from evolute.registry import nearest
@@ -29,7 +32,9 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     text = " ".join(text.split())
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text).replace("Expected a one of", "expected one of")
-    text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text).replace("Expected a ", "expected ").replace(". Got value:", ", got")
+    text = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+    text = text.replace("Expected a ", "expected ").replace(". Got value:", ", got")
+    text = re.sub(r"the following arguments are required: (?:\w+\.)?(\w+)", r"the configuration lacks '\1'", text)
     if "did you mean" not in text:
         text += _suggestion(text, list(known))
     return f"{where[1]}: {text}" if where and not text.startswith(where[1]) else text
@@ -55,3 +60,56 @@ def _names_in(module: str) -> list[str]:
     except ImportError:
         return []
     return list(getattr(found, "__all__", dir(found)))
+
+
+class Held:
+    """Warnings and log entries of a run that has not started: shown when it does, dropped if it is refused.
+
+    What says nothing about the run is dropped in either case.
+
+    Attributes:
+        released: whether the run started.
+    """
+
+    NOISE = re.compile(
+        "litlogger|GPU available|TPU available|HPU available|Seed set to|Detected KeyboardInterrupt|Restor|"
+        "Loaded model|does not have many workers|LeafSpec.*is deprecated|dataloader is not resumable"
+    )
+
+    def __init__(self) -> None:
+        self.released = False
+        self._entries: list[Callable[[], Any]] = []
+        self._show = warnings.showwarning
+        warnings.showwarning = self._hold_warning
+        known = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+        self._filters = {handler: self._filter(handler) for logger in known for handler in logger.handlers}
+        for handler, entry_filter in self._filters.items():
+            handler.addFilter(entry_filter)
+
+    def release(self) -> None:
+        """Show what was held back, and all that follows as it comes."""
+        self.released = True
+        entries, self._entries = self._entries, []
+        for show in entries:
+            show()
+
+    def close(self) -> None:
+        """Let warnings and log entries go their own way again."""
+        warnings.showwarning = self._show
+        for handler, entry_filter in self._filters.items():
+            handler.removeFilter(entry_filter)
+
+    def _hold_warning(self, message: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.NOISE.search(str(message)):
+            show = functools.partial(self._show, message, *args, **kwargs)
+            show() if self.released else self._entries.append(show)
+
+    def _filter(self, handler: logging.Handler) -> Callable[[logging.LogRecord], bool]:
+        def passes(entry: logging.LogRecord) -> bool:
+            if self.NOISE.search(entry.getMessage()):
+                return False
+            if not self.released:
+                self._entries.append(lambda: handler.handle(entry))
+            return self.released
+
+        return passes

@@ -1,6 +1,7 @@
 """The packaged recipes: ``recipes/<task>/configs/<name>.yaml``, known by ``<task>/<name>``. Imports nothing heavy."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,7 +35,31 @@ def resolve(name: str) -> Path:
     raise ValueError(f"no recipe or file named {name!r}{nearest(name, known)}; 'evolute recipes' lists the recipes")
 
 
-def nearest(word: str, known: "dict[str, Path] | list[str]") -> str:
+def check_yaml(path: Path) -> None:
+    """Check that a file holds a YAML mapping.
+
+    Raises:
+        ValueError: saying where it does not.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: holds {'nothing' if content is None else type(content).__name__}, not keys and values"
+        )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``, did you mean ...?`` for a misspelt word, or nothing if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -16,8 +17,11 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from evolute.callbacks import MetricsCSV
 from evolute.callbacks.record import record
 
 PACKAGES = (
@@ -33,39 +37,84 @@ PACKAGES = (
 )
 
 
-class RunFolder(Callback):
-    """Write ``config.yaml`` and ``environment.json`` when training starts; a later start is kept beside the first.
+MakeLogger = Callable[[Path], Logger]
+"""Makes a logger that writes into the run folder given."""
 
-    Nothing is written before training starts, so a run that is refused leaves no folder behind.
+
+class RunFolder(Callback):
+    """Make the run folder when training starts: ``config.yaml``, ``environment.json``, the loggers that write there.
+
+    A later start is kept beside the first (``config.1.yaml``). Nothing is written before training (or its sanity check)
+    starts, so a run that is refused leaves no trace.
 
     Args:
         config: the resolved configuration.
-        on_start: called then.
+        numbered: ``trainer.default_root_dir`` is a proposal, ``name-N``: the first number still free is taken, also
+            when several runs start at once. Else it is the folder.
+        loggers: makers of loggers that write as soon as they exist (Weights & Biases, TensorBoard).
+        on_start: called when the folder stands.
         every_n_steps: optimizer steps between two records of ``time/step_ms``.
     """
 
-    def __init__(self, config: dict[str, Any], on_start: Callable[[], None], every_n_steps: int = 10) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: dict[str, Any],
+        numbered: bool,
+        loggers: list[MakeLogger],
+        on_start: Callable[[], None],
+        every_n_steps: int = 10,
+    ) -> None:
+        self.config = {k: v for k, v in config.items() if k not in ("run", "resume", "ckpt_path", "config")}
+        self.numbered = numbered
+        self.loggers = loggers
         self.every_n_steps = every_n_steps
         self.on_start = on_start
+        self._begun = False
         self._since: tuple[int, float] | None = None
 
     @override
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer)
+
+    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_start()
-        if not trainer.is_global_zero:
+        self._begin(trainer)
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        if self._begun:
             return
+        self._begun = True
         folder = Path(trainer.default_root_dir)
+        if self.numbered:
+            taken = str(take(folder)) if trainer.is_global_zero else ""
+            folder = Path(trainer.strategy.broadcast(taken))
+            trainer._default_root_dir = str(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        if trainer.is_global_zero:
+            self._write(folder, getattr(trainer, "datamodule", None))
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.path = folder / logger.path.name
+                if trainer.global_step == 0:  # rows of a start that was killed before its first checkpoint
+                    logger.rewind(0)
+        for make in self.loggers:
+            logger = make(folder)
+            logger.log_hyperparams(self.config)
+            trainer.loggers = [*trainer.loggers, logger]
+        if trainer.is_global_zero:
+            print(f"run folder: {folder}", flush=True)
+        self.on_start()
+
+    def _write(self, folder: Path, data: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        data = getattr(trainer, "datamodule", None)
         resolved = getattr(data, "resolved_hparams", None)
         found = cast("dict[str, Any]", resolved()) if callable(resolved) else {}
-        config = {k: v for k, v in self.config.items() if k not in ("run", "resume", "ckpt_path", "config")}
+        config = dict(self.config)
         if found and isinstance(config.get("data"), dict):
             config["data"] = {**config["data"], "init_args": {**config["data"].get("init_args", {}), **found}}
-        number = len(list(folder.glob("config*.yaml")))
+        number = len(list(folder.glob("config.*yaml")))
         name = f"config.{number}.yaml" if number else "config.yaml"
-        (folder / name).write_text(f"# {command()}\n" + yaml.safe_dump(config, sort_keys=False))
+        with (folder / name).open("x") as file:  # of two runs told to use one folder, the second fails here
+            file.write(f"# {command()}\n" + yaml.safe_dump(config, sort_keys=False))
         environment = {**environment_facts(), "seed": config.get("seed_everything"), "command": command(), **found}
         floor = getattr(data, "bigram_floor", None)
         if callable(floor):
@@ -90,6 +139,48 @@ def next_free(parent: Path, name: str) -> Path:
     """Return ``parent/name-N`` with the lowest N above every folder there."""
     taken = [re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name) for p in parent.glob(f"{name}-*")]
     return parent / f"{name}-{1 + max((int(m[1]) for m in taken if m), default=0)}"
+
+
+def take(proposal: Path) -> Path:
+    """Make the folder ``name-N``, or the next number that no other run has taken, and return it."""
+    while True:
+        try:
+            proposal.mkdir(parents=True)
+            return proposal
+        except FileExistsError:
+            proposal = next_free(proposal.parent, proposal.name.rpartition("-")[0])
+
+
+def wandb_logger(folder: Path) -> Logger:
+    """Return a Weights & Biases logger, offline unless logged in, that goes on with the run the folder knows."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    id_file = folder / "wandb" / "run_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+    mode = os.environ.get("WANDB_MODE") or ("online" if wandb_logged_in() else "offline")
+    _keep(id_file, run_id)
+    return WandbLogger(
+        name=folder.name, save_dir=folder, id=run_id, resume="allow", offline=mode == "offline", project="evolute"
+    )
+
+
+def wandb_logged_in() -> bool:
+    """Say whether Weights & Biases knows who we are, without asking anybody."""
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+
+
+@rank_zero_only
+def _keep(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+
+
+def tensorboard_logger(folder: Path) -> Logger:
+    """Return a TensorBoard logger that writes into ``tensorboard/``."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(folder, name="tensorboard", version="")
 
 
 def command() -> str:

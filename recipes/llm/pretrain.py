@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -228,7 +229,13 @@ class Pretrain(L.LightningModule):
     def _sample(self) -> None:
         prompts, tokenizer = self._prompts, self._tokenizer
         idle = self.trainer.sanity_checking or self.trainer.fast_dev_run  # pyright: ignore
-        if idle or prompts is None or not len(prompts) or tokenizer is None:
+        if (
+            idle
+            or self.trainer.state.fn != TrainerFn.FITTING
+            or prompts is None
+            or not len(prompts)
+            or tokenizer is None
+        ):
             return
         # All ranks draw (a sharded model needs them all), the first one writes.
         drawn = sample(self.model, prompts, self.sample_tokens, tokenizer.vocab_size, temperature=0.8, seed=0)
