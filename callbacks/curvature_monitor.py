@@ -221,8 +221,12 @@ class CurvatureMonitor(Callback):
 
     def _top(self, H: FlatOperator, key: str, warm: dict[str, Tensor]) -> Eigenpairs:
         """Return the largest eigenpair, started from the last one kept under ``key``, at first from the gradient."""
-        # The gradient leans towards the top eigenvectors; an exact zero (a frozen block, say) would be no start at all.
-        start = self._warm.get(key, H.gradient if bool(H.gradient.any()) else None)
+        start = self._warm.get(key)
+        if start is None:
+            # The gradient leans towards the top eigenvectors, but may miss one exactly: some noise sees to that.
+            gradient = H.gradient
+            noise = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0)).to(gradient)
+            start = gradient / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny) + 0.1 * noise / noise.norm()
         found = top_eigenpairs(H, tol=self.tol, which="largest", max_products=self.max_products, start=start)
         warm[key] = found.vectors[:, 0]
         return found

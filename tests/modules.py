@@ -1,11 +1,14 @@
 """Modules of all kinds that know nothing of evolute."""
 
+import copy
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -141,3 +144,75 @@ def make_optimizer(module: nn.Module, name: str, lr: float, **options: Any) -> t
         case "scion":
             return Scion(module, lr=lr, **options)
     raise ValueError(name)
+
+
+class Recorder(Logger):
+    """A logger that keeps what it is given, by step."""
+
+    name, version = "memory", ""  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.setdefault(int(step or 0), {}).update(metrics)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def of(self, metric: str) -> dict[int, float]:
+        """One metric, by the steps that have it."""
+        return {step: row[metric] for step, row in self.rows.items() if metric in row}
+
+
+class Snapshots(Callback):
+    """The weights before the first step and after each, and the optimizer's state after each."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+        self.states: list[list[dict[str, Any]]] = []
+        self.batches: list[Any] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+        self.states.append(
+            [copy.deepcopy(o.state.get(p, {})) for o in trainer.optimizers for p in pl_module.parameters()]
+        )
+
+
+class Quadratic(L.LightningModule):
+    """``x^T A x / 2`` over one or more vectors, whatever the batch."""
+
+    def __init__(self, A: Tensor, make: Any, sizes: tuple[int, ...] | None = None, start: Tensor | None = None) -> None:
+        super().__init__()
+        start = torch.ones(len(A)) if start is None else start
+        self.x = nn.ParameterList([nn.Parameter(part.clone()) for part in start.split(sizes or (len(A),))])
+        self.register_buffer("A", A)
+        self.make = make
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = torch.cat(list(self.x))
+        return 0.5 * x @ self.A @ x
+
+    def configure_optimizers(self) -> Any:
+        return self.make(list(self.x))
+
+
+class Net(L.LightningModule):
+    """Any network with any loss of ``(network(inputs), targets)`` and any optimizer."""
+
+    def __init__(self, net: nn.Module, loss: Any = F.cross_entropy, make: Any = None) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+        self.make = make or (lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return self.make(self)

@@ -80,6 +80,8 @@ class StepDoor:
         self._handles: list[Any] = []
         self._open: OptimizerStep | None = None
         self._split: _SplitGroups | None = None
+        self._depth = 0
+        self._closure: Any = None
         named = named_parameters(trainer.lightning_module)
         self._names = {id(p): name for name, p in named.items()}
         for index, optimizer in enumerate(trainer.optimizers):
@@ -110,13 +112,17 @@ class StepDoor:
         """Put the parameter groups back if a step raised between the split and the post-hook."""
         if self._split is not None:
             self._split.restore()
-        self._split = self._open = None
+        self._split = self._open = self._closure = None
 
     def _make_pre_hook(self, index: int) -> Callable[[Optimizer, Any, Any], tuple[Any, Any] | None]:
         def pre_hook(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-            self.recover()
-            step = OptimizerStep(optimizer, index, self._owned(optimizer))
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if self._is_inner(optimizer, closure):
+                self._depth += 1
+                return None
+            self.recover()
+            self._depth = 1
+            step = OptimizerStep(optimizer, index, self._owned(optimizer))
             if closure is None:
                 self._before_update(step)
                 return None
@@ -129,11 +135,19 @@ class StepDoor:
                 self._before_update(step)
                 return result
 
+            self._closure = wrapped
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
 
         return pre_hook
+
+    def _is_inner(self, optimizer: Optimizer, closure: Any) -> bool:
+        """Say whether this step runs inside one of the same optimizer: a subclass calls its parent's ``step``, and
+        torch fires the hooks for both."""
+        if closure is not None:
+            return closure is self._closure
+        return self._open is not None and self._open.optimizer is optimizer
 
     def _owned(self, optimizer: Optimizer) -> dict[str, Tensor]:
         groups = optimizer.param_groups
@@ -160,10 +174,13 @@ class StepDoor:
             self._split = _SplitGroups(step)
 
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
         step = self._open
         if self._split is not None:
             self._split.restore()
-        self._split = self._open = None
+        self._split = self._open = self._closure = None
         if step is None:  # the closure was never called: nothing was measured, nothing to act on
             return
         for action in self._actions:
