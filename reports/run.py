@@ -127,8 +127,10 @@ def nonfinite(run: Run) -> dict[str, tuple[int, int]]:
         bad = steps[~np.isfinite(values)]
         if bad.size:
             found[name] = (int(bad.size), int(bad[0]))
-        elif name.endswith("/nonfinite"):  # a callback's own count of measurements it threw away
-            found[name.removesuffix("/nonfinite")] = (int(values.sum()), int(steps[0]))
+        elif name.endswith("/nonfinite") and values.any():
+            # A callback records each measurement it threw away; the recipe its running count of skipped steps.
+            total = values.max() if name.startswith("train/") else values.sum()
+            found[name.removesuffix("/nonfinite")] = (int(total), int(steps[values > 0][0]))
     return found
 
 
