@@ -80,8 +80,7 @@ class StepDoor:
         self._handles: list[Any] = []
         self._open: OptimizerStep | None = None
         self._split: _SplitGroups | None = None
-        self._depth = 0
-        self._closure: Any = None
+        self._levels = 0  # steps of one optimizer inside each other: a subclass calls its parent's, hooks and all
         named = named_parameters(trainer.lightning_module)
         self._names = {id(p): name for name, p in named.items()}
         for index, optimizer in enumerate(trainer.optimizers):
@@ -112,16 +111,15 @@ class StepDoor:
         """Put the parameter groups back if a step raised between the split and the post-hook."""
         if self._split is not None:
             self._split.restore()
-        self._split = self._open = self._closure = None
+        self._split = self._open = None
 
     def _make_pre_hook(self, index: int) -> Callable[[Optimizer, Any, Any], tuple[Any, Any] | None]:
         def pre_hook(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-            if self._is_inner(optimizer, closure):
-                self._depth += 1
+            if closure is None and self._open is not None and self._open.optimizer is optimizer:
+                self._levels += 1
                 return None
             self.recover()
-            self._depth = 1
             step = OptimizerStep(optimizer, index, self._owned(optimizer))
             if closure is None:
                 self._before_update(step)
@@ -132,22 +130,17 @@ class StepDoor:
                     self._refuse_second_call(optimizer)
                     return closure()
                 result = closure()
-                self._before_update(step)
+                if self._open is None:
+                    self._before_update(step)
+                else:  # the hook of the step around this one has done it
+                    self._levels += 1
                 return result
 
-            self._closure = wrapped
             if "closure" in kwargs:
                 return args, {**kwargs, "closure": wrapped}
             return (args[0], wrapped, *args[2:]), kwargs
 
         return pre_hook
-
-    def _is_inner(self, optimizer: Optimizer, closure: Any) -> bool:
-        """Say whether this step runs inside one of the same optimizer: a subclass calls its parent's ``step``, and
-        torch fires the hooks for both."""
-        if closure is not None:
-            return closure is self._closure
-        return self._open is not None and self._open.optimizer is optimizer
 
     def _owned(self, optimizer: Optimizer) -> dict[str, Tensor]:
         groups = optimizer.param_groups
@@ -159,7 +152,7 @@ class StepDoor:
             raise MisconfigurationException(_calls_twice(optimizer))
 
     def _before_update(self, step: OptimizerStep) -> None:
-        self._open = step
+        self._open, self._levels = step, 1
         wants_before = [action.prepare(step) for action in self._actions if action.prepare is not None]
         if any(wants_before):
             step.before = {name: p.detach().clone() for name, p in step.params.items()}
@@ -174,13 +167,13 @@ class StepDoor:
             self._split = _SplitGroups(step)
 
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._depth -= 1
-        if self._depth > 0:
+        self._levels -= 1
+        if self._levels > 0:
             return
         step = self._open
         if self._split is not None:
             self._split.restore()
-        self._split = self._open = self._closure = None
+        self._split = self._open = None
         if step is None:  # the closure was never called: nothing was measured, nothing to act on
             return
         for action in self._actions:
