@@ -57,6 +57,14 @@ def fail(message: str) -> int:
     return 2
 
 
+def hush() -> None:
+    """Silence what libraries say on stderr that says nothing about the run; they ask when they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _train(command: str) -> Callable[[list[str]], int]:
     def run(args: list[str]) -> int:
         try:
@@ -67,11 +75,7 @@ def _train(command: str) -> Callable[[list[str]], int]:
         if not names and not wants_help:
             return fail(f"{command} needs --config RECIPE; 'evolute recipes' lists the packaged ones")
         watched = sys.stderr.isatty()
-        # Read when these libraries are imported: what they say on stderr says nothing about the run.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        if not watched:
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        hush()
         if watched:  # a notice for who waits, wiped out again: errors stand alone
             print("loading torch and lightning ...", end="\r", file=sys.stderr, flush=True)
         try:

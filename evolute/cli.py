@@ -50,6 +50,7 @@ class RecipeCLI(LightningCLI):
     def __init__(self, names: list[str], args: list[str], held: Held) -> None:
         self.names = names
         self.held = held
+        self.command = args[0]
         super().__init__(
             seed_everything_default=0,
             save_config_callback=None,
@@ -60,6 +61,10 @@ class RecipeCLI(LightningCLI):
             load_from_checkpoint_support=False,
             args=args,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the one that was called: to build the parsers of the others takes most of a second."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys of a run that no class of Lightning has."""

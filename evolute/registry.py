@@ -54,9 +54,8 @@ def check_yaml(path: Path) -> None:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{place}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: holds {'nothing' if content is None else type(content).__name__}, not keys and values"
-        )
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"{path}: holds {found}, not keys with values")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

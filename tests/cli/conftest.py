@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ class Server:
     """Runs commands in children of one process that has everything imported (see ``server.py``)."""
 
     def __init__(self, scratch: Path) -> None:
+        self.running = 0
         self.out, self.err = scratch / "out", scratch / "err"
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("server.py"))],
@@ -63,14 +65,31 @@ class Server:
             env=os.environ | ENVIRONMENT,
         )
 
-    def __call__(self, *args: str | Path, cwd: Path, **env: str) -> Result:
+    def start(self, *args: str | Path, cwd: Path, **env: str) -> int:
+        """Start a command; return its process id. One that still runs is killed."""
+        if self.running:
+            os.kill(self.running, signal.SIGKILL)
+            self.wait()
+        self.out.write_text("")
+        self.err.write_text("")
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         request = {"args": [str(a) for a in args], "cwd": str(cwd), "env": env}
         self.process.stdin.write(json.dumps(request | {"out": str(self.out), "err": str(self.err)}) + "\n")
         self.process.stdin.flush()
+        self.running = int(self.process.stdout.readline())
+        return self.running
+
+    def wait(self) -> Result:
+        """Return what the command said once it ended; its code is -9 if it was killed."""
+        assert self.process.stdout is not None
         code = int(self.process.stdout.readline())
+        self.running = 0
         return Result(code, self.out.read_text(), self.err.read_text())
+
+    def __call__(self, *args: str | Path, cwd: Path, **env: str) -> Result:
+        self.start(*args, cwd=cwd, **env)
+        return self.wait()
 
 
 def execute(*args: str | Path, cwd: Path, **env: str) -> Result:

@@ -1,9 +1,11 @@
 """A warm process that runs each command in a child of its own: the interpreter, the imports already made.
 
 One request a line on stdin, a JSON object with ``args``, ``cwd`` and ``env``; the child's output goes to the files
-``out`` and ``err``. The answer, a line on stdout, is the exit code. A child ends as any Python process does.
+``out`` and ``err``. The answers, a line each on stdout, are its process id and, when it ended, its exit code. A child
+ends as any Python process does.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -12,6 +14,9 @@ import sys
 
 def warm() -> None:
     """Import what commands import, so that a child begins where its interpreter would be seconds later."""
+    from evolute.__main__ import hush
+
+    hush()
     for module in (
         "evolute.cli",
         "evolute.recipes.llm",
@@ -24,6 +29,7 @@ def warm() -> None:
 
 def main() -> None:
     warm()
+    gc.freeze()  # children then share these pages
     answers = os.dup(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -33,6 +39,7 @@ def main() -> None:
             from evolute.__main__ import main as command
 
             sys.exit(command())
+        os.write(answers, f"{pid}\n".encode())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os.write(answers, f"{code}\n".encode())
 
