@@ -97,6 +97,7 @@ class MetricsCSV(Logger):
             self._columns.sort(key=lambda name: self.FIRST.index(name) if name in self.FIRST else len(self.FIRST))
             self._replace([*earlier, *rows])
             return
+        _drop_torn_line(self.path)
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerows(rows)
 
@@ -116,6 +117,17 @@ class MetricsCSV(Logger):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(temporary, self.path)
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed process left unfinished, so that the next row does not continue it."""
+    with path.open("rb+") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
