@@ -82,7 +82,7 @@ class CurvatureMonitor(Callback):
         samples: int | None = None,
         fixed_batch: bool = True,
         tol: float = 3e-2,
-        max_products: int = 20,
+        max_products: int = 12,
         trace_samples: int = 1,
         layers: str | None = None,
         budget: float | None = 0.02,

@@ -45,7 +45,8 @@ class LayerMonitor(Callback):
     McCandlish et al., arXiv 1812.06162, appendix A, in samples: batches well below it are wasted on noise less than
     batches above it are wasted on redundancy, so it estimates the critical batch size). Signal and noise come from two
     gradient estimates a and b that the run computes anyway: ``<a, b>`` is the squared signal, ``|a - b|^2 / 2`` the
-    squared noise; both are averaged over ``memory`` measurements, for one pair says little.
+    squared noise; both are averaged over ``memory`` measurements, for one pair says little. A ratio
+    without noise, and a noise scale whose mean signal is not above zero, are left out.
 
     Args:
         every_n_steps: optimizer steps between two measurements; the first step is measured.
@@ -192,10 +193,11 @@ class LayerMonitor(Callback):
         for name, s, v in zip(names, *both.tolist(), strict=True):
             self._signal[name] = keep * self._signal.get(name, 0.0) + (1.0 - keep) * s
             self._variance[name] = keep * self._variance.get(name, 0.0) + (1.0 - keep) * v
-            noise_now = self._variance[name]
-            self._values[f"snr/{name}"] = max(self._signal[name], 0.0) / noise_now if noise_now > 0 else float("inf")
+            if self._variance[name] > 0:
+                self._values[f"snr/{name}"] = max(self._signal[name], 0.0) / self._variance[name]
         total, spread = sum(self._signal.values()), sum(self._variance.values())
-        self._values["noise_scale"] = self._samples * spread / total if total > 0 else float("inf")
+        if total > 0:  # otherwise the noise drowns the signal: the scale is larger than these samples can tell
+            self._values["noise_scale"] = self._samples * spread / total
 
     def _before_update(self, step: OptimizerStep) -> bool:
         return self._pace.now
