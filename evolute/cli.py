@@ -133,6 +133,7 @@ class RecipeCLI(LightningCLI):
         folder = RunFolder(
             yaml.safe_load(resolved),
             numbered=not self._get(self.config, "run"),
+            resumed=self._get(self.config, "resume"),
             loggers=self._late_loggers(),
             on_start=self.held.release,
         )

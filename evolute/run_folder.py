@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
@@ -51,6 +52,7 @@ class RunFolder(Callback):
         config: the resolved configuration.
         numbered: ``trainer.default_root_dir`` is a proposal, ``name-N``: the first number still free is taken, also
             when several runs start at once. Else it is the folder.
+        resumed: the folder holds this run already.
         loggers: makers of loggers that write as soon as they exist (Weights & Biases, TensorBoard).
         on_start: called when the folder stands.
         every_n_steps: optimizer steps between two records of ``time/step_ms``.
@@ -60,12 +62,14 @@ class RunFolder(Callback):
         self,
         config: dict[str, Any],
         numbered: bool,
+        resumed: bool,
         loggers: list[MakeLogger],
         on_start: Callable[[], None],
         every_n_steps: int = 10,
     ) -> None:
         self.config = {k: v for k, v in config.items() if k not in ("run", "resume", "ckpt_path", "config")}
         self.numbered = numbered
+        self.resumed = resumed
         self.loggers = loggers
         self.every_n_steps = every_n_steps
         self.on_start = on_start
@@ -111,10 +115,15 @@ class RunFolder(Callback):
         config = dict(self.config)
         if found and isinstance(config.get("data"), dict):
             config["data"] = {**config["data"], "init_args": {**config["data"].get("init_args", {}), **found}}
-        number = len(list(folder.glob("config.*yaml")))
+        number = len(list(folder.glob("config.*yaml"))) if self.resumed else 0
         name = f"config.{number}.yaml" if number else "config.yaml"
-        with (folder / name).open("x") as file:  # of two runs told to use one folder, the second fails here
-            file.write(f"# {command()}\n" + yaml.safe_dump(config, sort_keys=False))
+        try:
+            with (folder / name).open("x") as file:
+                file.write(f"# {command()}\n" + yaml.safe_dump(config, sort_keys=False))
+        except FileExistsError as error:
+            raise MisconfigurationException(
+                f"{folder} was taken by another run a moment ago: choose another"
+            ) from error
         environment = {**environment_facts(), "seed": config.get("seed_everything"), "command": command(), **found}
         floor = getattr(data, "bigram_floor", None)
         if callable(floor):
