@@ -10,7 +10,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 def regression_data(n: int = 64) -> TensorDataset:
@@ -89,6 +89,13 @@ class Late(Classifier):
     def configure_model(self) -> None:
         if self.net is None:
             self.net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 4))
+
+
+class Validated(Classifier):
+    """Validates in the middle of its epochs."""
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(classification_data(), batch_size=32)
 
 
 class Compiled(Classifier):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from evolute.callbacks import MetricsCSV, RunCheckpoint
 from tests.conftest import fit
-from tests.modules import Classifier, Compiled, Late, TwoOptimizers, classification_data
+from tests.modules import Classifier, Compiled, Late, TwoOptimizers, Validated, classification_data
 from tests.settings import INTERVENTIONS, MONITORS, SETTINGS
 
 
@@ -86,6 +86,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "scion": (lambda: Classifier("scion"), {}),
     "muon": (lambda: Classifier("muon", messy=False), {}),
     "compiled": (Compiled, {}),
+    "validated": (Validated, {"max_steps": 30, "val_check_interval": 5}),
+    "momentum": (lambda: Classifier("momentum"), {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
 }
 
 
@@ -115,7 +117,21 @@ def test_a_monitor_changes_nothing_under_manual_optimisation_with_two_optimizers
 
 
 @pytest.mark.parametrize(
-    "kind", ["messy", "accumulate", "clipped", "bf16-mixed", "bf16-true", "fused", "scion", "muon", "compiled"]
+    "kind",
+    [
+        "messy",
+        "accumulate",
+        "clipped",
+        "late",
+        "bf16-mixed",
+        "bf16-true",
+        "double",
+        "fused",
+        "scion",
+        "muon",
+        "compiled",
+    ]
+    + ["validated", "momentum"],
 )
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("position", ["dry_run", "neutral"])
@@ -145,6 +161,33 @@ def test_two_interventions_are_neutral_together_and_do_not_depend_on_their_order
     neutral = [a.make(**a.neutral), b.make(**b.neutral)]
     assert_equal(run([], "messy", "")[0], run(neutral, "messy", "")[0])
     assert_equal(run([a.make(), b.make()], "messy", "")[0], run([b.make(), a.make()], "messy", "")[0])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_state_holds_only_what_a_safe_checkpoint_may_hold(name, tmp_path):
+    callback = SETTINGS[name].make()
+    fit([callback], Classifier, data())
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    again = SETTINGS[name].make()
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert_equal(without_clocks(callback.state_dict()), without_clocks(again.state_dict()))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_hooks_are_gone_when_fit_ends_and_after_a_step_that_failed(name):
+    class Failing(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            if self.trainer.global_step == 2:
+                raise RuntimeError("stop here")
+
+    module = Failing("sgd")
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit([SETTINGS[name].make()], module, data())
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    assert len(optimizer.param_groups) == 1
+    _, trainer = fit([SETTINGS[name].make()], Classifier, data())
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 
 def without_clocks(state: Any) -> Any:
