@@ -5,6 +5,7 @@ A callback enters the tests of ``tests/callbacks/test_contracts.py`` by being li
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -86,6 +87,8 @@ SETTINGS: dict[str, Setting] = {
             {"mode": "clip", "estimator": "jvp"},
         ),
     ),
+    "CurvatureMonitor-moving": Setting(partial(_curvature, fixed_batch=False), "curvature", "curvature/eos_ratio"),
+    "StepRadius-jvp": Setting(partial(_radius, estimator="jvp"), "step", "step/ghost_ratio"),
     "StepRadius-clip": Setting(
         _clip, "step", "step/clip_scale", intervention=True, neutral={"target": 1e9}, bad=({"target": -1.0},)
     ),
