@@ -17,8 +17,8 @@ USAGE = """usage: evolute COMMAND ...
 
   --any.key value overrides a value of the configuration; 'evolute fit --help' lists the keys
   --run DIR      run folder (default: runs/<recipe>-<number>), --resume continues it
-                 Ctrl-C ends a run in order; it continues from its newest checkpoint
   --wandb true   also log to Weights & Biases (offline unless logged in); --tensorboard true likewise
+  EVOLUTE_DEBUG=1 in the environment shows the traceback behind an error of one line
 """
 
 TRAINING = ("fit", "validate", "test", "predict")

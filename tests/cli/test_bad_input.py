@@ -215,6 +215,13 @@ def test_a_missing_extra_says_what_to_install(key, package, corpus, tmp_path):
         "find = PathFinder.find_spec\n"
         f"hidden = lambda name, *more: None if name.split('.')[0] == {package!r} else find(name, *more)\n"
         "PathFinder.find_spec = staticmethod(hidden)\n"
+        "import importlib.metadata as metadata\n"
+        "known = metadata.Distribution.from_name\n"
+        "def from_name(name):\n"
+        f"    if name == {package!r}:\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return known(name)\n"
+        "metadata.Distribution.from_name = staticmethod(from_name)\n"
     )
     work = tmp_path / "work"
     work.mkdir()

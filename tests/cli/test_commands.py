@@ -180,6 +180,7 @@ def test_without_a_length_a_run_lasts_one_epoch(evolute, corpus, tmp_path):
     assert checkpoint(tmp_path / "run", 4)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_runs_get_folders_of_their_own_also_when_two_start_at_once(corpus, tmp_path):
     recipe(tmp_path, corpus)
     (tmp_path / "runs" / "tiny-3").mkdir(parents=True)
@@ -207,6 +208,7 @@ def test_a_number_taken_meanwhile_is_passed_over(tmp_path):
     assert next_free(tmp_path, "a-b").name == "a-b-12"
 
 
+@pytest.mark.slow
 def test_two_runs_told_to_use_one_folder_do_not_mix(corpus, tmp_path):
     recipe(tmp_path, corpus)
     command = [EXECUTABLE, "fit", "--config", "tiny.yaml", "--trainer.max_steps", "2", "--run", "run"]
