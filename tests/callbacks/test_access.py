@@ -141,7 +141,7 @@ def test_a_closure_evaluated_twice_is_one_step_to_monitors_and_refused_to_interv
     base, _ = run([])
     weights, recorder = run(monitors())
     assert all(torch.equal(a, b) for a, b in zip(base, weights, strict=True))
-    assert list(recorder.of("layer/noise_scale")) == list(range(1, 8))
+    assert list(recorder.of("layer/snr/net.0.weight")) == list(range(1, 8))
     assert list(recorder.of("curvature/sharpness")) == list(range(8))
     for make in (lambda: NoiseAdaptiveLR(), lambda: StepRadius(mode="clip")):
         module = With(lambda p: Sam(p, lr=0.1))
