@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from evolute.messages import fail
 from evolute.registry import check_yaml, nearest, recipes, resolve, summary
 
 USAGE = """usage: evolute COMMAND ...
@@ -49,12 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[command](rest)
     except KeyboardInterrupt:
         return 130
-
-
-def fail(message: str) -> int:
-    """Print one line of error and return exit code 2."""
-    print(f"evolute: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
 
 
 def hush() -> None:
@@ -122,7 +117,11 @@ def _recipes(args: list[str]) -> int:
 def _report(args: list[str]) -> int:
     from evolute.reports.cli import report_command
 
-    return report_command(args)
+    try:
+        report_command(args)
+    except (OSError, ValueError) as error:
+        return fail(str(error))
+    return 0
 
 
 def _export(args: list[str]) -> int:

@@ -13,10 +13,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from evolute.__main__ import fail
 from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
-from evolute.messages import Held, condense
+from evolute.messages import Held, condense, fail
 from evolute.run_folder import MakeLogger, RunFolder, next_free, tensorboard_logger, wandb_logger
 
 

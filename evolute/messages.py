@@ -4,11 +4,19 @@ import functools
 import importlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from evolute.registry import nearest
+
+
+def fail(message: str) -> int:
+    """Print one line of error and return exit code 2."""
+    print(f"evolute: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
 
 _UNKNOWN = re.compile(r"(?:[Oo]ption '|does not accept option '|unrecognized arguments?: --)([\w.]+)")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")

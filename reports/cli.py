@@ -1,18 +1,24 @@
 """``evolute report``: the page of one run, or of several side by side."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 
-def report_command(argv: Sequence[str] | None = None) -> int:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog}: {message}")
+
+
+def report_command(argv: Sequence[str]) -> None:
     """Run ``evolute report RUN... [--out FILE] [--figures DIR]``.
 
-    Returns:
-        Exit code: 0, or 2 with one line on standard error for a folder that is not a run.
+    Raises:
+        ValueError: for arguments that make no sense.
+        OSError: for a folder that is not a run, or a file that cannot be written.
     """
-    parser = argparse.ArgumentParser("evolute report", description="Write the HTML report of one or several runs.")
+    parser = _Parser("evolute report", description="Write the HTML report of one or several runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are shown side by side")
     parser.add_argument(
         "--out", type=Path, help="page to write (default: RUN/report.html, or ./report.html for several)"
@@ -25,15 +31,10 @@ def report_command(argv: Sequence[str] | None = None) -> int:
     from evolute.reports.run import load_runs
     from evolute.reports.summary import print_summary
 
-    try:
-        runs = load_runs(options.runs)
-        out = options.out or (Path(options.runs[0]) if len(runs) == 1 else Path()) / "report.html"
-        page = write_report(runs, out)
-        if options.figures:
-            save_figures(runs, options.figures)
-    except OSError as error:
-        print(f"evolute report: {error}", file=sys.stderr)
-        return 2
+    runs = load_runs(options.runs)
+    out = options.out or (Path(options.runs[0]) if len(runs) == 1 else Path()) / "report.html"
+    page = write_report(runs, out)
+    if options.figures:
+        save_figures(runs, options.figures)
     for run in runs:
         print_summary(run, page)
-    return 0

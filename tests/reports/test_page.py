@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from evolute.__main__ import main
 from evolute.reports import load_run, print_summary, write_report
-from evolute.reports.cli import report_command
 from evolute.reports.spec import SECTIONS
 from tests.reports.synthetic import LAYERS, write_run
 
@@ -161,7 +161,7 @@ def test_command_writes_page_and_figures(tmp_path, capsys):
     small.mkdir()
     (small / "metrics.csv").write_text("step,train/loss,noise/w,noise/time_ms\n0,2,1,3\n1,1,1,3\n")
     out = tmp_path / "deep" / "page.html"
-    assert report_command([str(small), "--out", str(out), "--figures", str(tmp_path / "figures")]) == 0
+    assert main(["report", str(small), "--out", str(out), "--figures", str(tmp_path / "figures")]) == 0
     assert out.read_text().startswith("<!doctype html>")
     assert (tmp_path / "figures" / "time.svg").is_file()
     assert "page.html" in capsys.readouterr().out
@@ -174,9 +174,10 @@ def test_command_refuses_what_is_no_run_in_one_line(tmp_path, capsys, case):
         target.mkdir()
     elif case == "file":
         target.write_text("x")
-    assert report_command([str(target)]) == 2
+    assert main(["report", str(target)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
+    assert captured.err.startswith("evolute: error: ")
     assert captured.err.count("\n") == 1
     assert str(target) in captured.err
     assert not list(tmp_path.rglob("*.html"))
