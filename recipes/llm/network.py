@@ -13,7 +13,6 @@ DEFAULT_CONFIG: dict[str, Any] = {
     "intermediate_size": 344,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }

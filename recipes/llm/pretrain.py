@@ -47,6 +47,8 @@ class Pretrain(L.LightningModule):
         optimizer: ``"scion"``, ``"muon_adamw"``, ``"adamw"`` or ``"sgd"`` (momentum 0.9).
         lr: peak learning rate.
         weight_decay: decoupled decay; AdamW applies it to matrices only.
+        norms: for scion and muon_adamw, the norm of parameters by name pattern (``{".*gate.*": "rms"}``) over the
+            automatic choice of :func:`evolute.optim.parameter_norms`.
         warmup: optimizer steps if at least 1, else share of the run.
         schedule: ``"cosine"``, ``"wsd"`` or ``"constant"``.
         attn_implementation: attention of the model, as transformers names it.
@@ -69,6 +71,7 @@ class Pretrain(L.LightningModule):
         optimizer: Literal["scion", "muon_adamw", "adamw", "sgd"] = "adamw",
         lr: float = 3e-3,
         weight_decay: float = 0.0,
+        norms: dict[str, Literal["spectral", "sign", "rms"]] | None = None,
         warmup: float = 0.05,
         schedule: Schedule = "cosine",
         attn_implementation: str = "sdpa",
@@ -104,6 +107,7 @@ class Pretrain(L.LightningModule):
         self.optimizer_name = optimizer
         self.lr = lr
         self.weight_decay = weight_decay
+        self.norms = norms
         self.warmup = warmup
         self.schedule: Schedule = schedule
         self.samples = samples
@@ -270,11 +274,11 @@ class Pretrain(L.LightningModule):
         if self.optimizer_name == "scion":
             from evolute.optim import Scion
 
-            return Scion(self, lr=self.lr, momentum=0.95, weight_decay=self.weight_decay)
+            return Scion(self, lr=self.lr, momentum=0.95, weight_decay=self.weight_decay, overrides=self.norms)
         if self.optimizer_name == "muon_adamw":
             from evolute.optim import MuonAdamW
 
-            return MuonAdamW(self, lr=self.lr, weight_decay=self.weight_decay)
+            return MuonAdamW(self, lr=self.lr, weight_decay=self.weight_decay, overrides=self.norms)
         trained = [p for p in self.parameters() if p.requires_grad]
         if self.optimizer_name == "sgd":
             return torch.optim.SGD(trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)

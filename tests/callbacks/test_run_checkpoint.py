@@ -53,7 +53,7 @@ class Noisy(Pretrain):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    words = "the curvature of a loss is what a step meets when it goes too far along its own gradient ".split()
+    words = ["the", "curvature", "of", "a", "loss", "is", "what", "steps", "meet", "along", "its", "own", "gradient"]
     draw = random.Random(0)
     for i in range(40):
         (folder / f"{i}.txt").write_text(" ".join(draw.choice(words) for _ in range(60)))
@@ -67,7 +67,7 @@ def run(folder: Path, corpus: Path, workers: int, accumulate: int, kill: KillAt 
     np.random.seed(0)
     module = Noisy(
         config={"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "num_key_value_heads": 2},
+                "num_attention_heads": 2},
         optimizer="scion", lr=0.01, samples=1, sample_tokens=4,
     )  # fmt: skip
     data = TextDataModule(source=str(corpus), context=32, batch_size=32, val_fraction=0.2, num_workers=workers)

@@ -4,11 +4,11 @@ import json
 import os
 import sys
 
+import datasets
+import pyarrow as pa
 import pytest
 
 from evolute.data import STDLIB_MODULES, TextDataModule, documents
-
-pa = pytest.importorskip("pyarrow")
 
 
 def write_parquet(path, **columns):
@@ -53,7 +53,6 @@ def test_a_folder_gives_every_kind_of_file_by_name(tmp_path):
 
 
 def test_a_saved_dataset_and_another_column(tmp_path):
-    datasets = pytest.importorskip("datasets")
     data = datasets.Dataset.from_dict({"body": ["one", "two"]})
     data.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(str(tmp_path / "two"))

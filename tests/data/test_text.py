@@ -7,7 +7,9 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import tokenizers
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from evolute.data import ByteTokenizer, TextDataModule, load_tokenizer
@@ -89,8 +91,6 @@ def test_byte_tokenizer_round_trip(text):
 
 
 def hf_folder(path: Path, **special) -> str:
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     words = ["[unk]", "</s>", "alpha", "beta", "gamma", "delta", "epsilon"]
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[unk]"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

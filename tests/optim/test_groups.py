@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from evolute.optim import Scion, parameter_groups, parameter_norms
@@ -62,7 +63,6 @@ def test_get_output_embeddings_beats_the_names():
 
 
 def test_a_hugging_face_llama():
-    transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )

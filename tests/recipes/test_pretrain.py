@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import transformers
 from lightning.pytorch.loggers import CSVLogger
 
 from evolute.data import TextDataModule
@@ -18,9 +19,7 @@ from evolute.recipes.llm import Pretrain, export
 from evolute.recipes.llm.samples import sample
 from evolute.recipes.llm.schedules import lr_factor
 
-transformers = pytest.importorskip("transformers")
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY |= {"num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +109,14 @@ def test_every_optimizer_lowers_the_loss(corpus, tmp_path, optimizer):
     loop.callbacks.append(first)
     loop.fit(module, data(corpus))
     assert module.loss_on(batch)[0].item() < first.loss - 0.1
+
+
+def test_norms_by_name_pattern_override_the_automatic_choice(corpus, tmp_path):
+    module = recipe(optimizer="scion", samples=0, norms={r".*down_proj\.weight": "sign"})
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(corpus))
+    down = module.model.model.layers[0].mlp.down_proj.weight
+    found = [g["norm"] for g in module.trainer.optimizers[0].param_groups if any(p is down for p in g["params"])]
+    assert found == ["sign"]
 
 
 def test_export_opens_in_transformers_with_equal_logits(corpus, tmp_path):
