@@ -220,13 +220,16 @@ class CurvatureMonitor(Callback):
         return values
 
     def _top(self, H: FlatOperator, key: str, warm: dict[str, Tensor]) -> Eigenpairs:
-        """Return the largest eigenpair, started from the last one kept under ``key``, at first from the gradient."""
-        start = self._warm.get(key)
-        if start is None:
-            # The gradient leans towards the top eigenvectors, but may miss one exactly: some noise sees to that.
-            gradient = H.gradient
-            noise = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(0)).to(gradient)
-            start = gradient / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny) + 0.1 * noise / noise.norm()
+        """Return the largest eigenpair, started from the last one kept under ``key``, at first from the gradient.
+
+        A start that is exact but no longer the sharpest direction would be taken for it, so some of the gradient, which
+        leans towards the top eigenvectors, and some noise, which misses none, are mixed in: they cost no product.
+        """
+        gradient = H.gradient
+        noise = torch.randn(H.shape[0], generator=torch.Generator().manual_seed(self._pace.step)).to(gradient)
+        leaning = gradient / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
+        kept = self._warm.get(key)
+        start = (leaning if kept is None else kept.to(gradient) + 0.1 * leaning) + 0.1 * noise / noise.norm()
         found = top_eigenpairs(H, tol=self.tol, which="largest", max_products=self.max_products, start=start)
         warm[key] = found.vectors[:, 0]
         return found

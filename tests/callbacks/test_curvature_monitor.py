@@ -2,6 +2,7 @@
 
 import itertools
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,3 +329,30 @@ def test_the_probe_batch_is_the_first_samples_of_the_first_batch():
             first[1],
         )
         assert recorder.rows[step]["curvature/loss"] == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_a_direction_that_overtakes_the_warm_one_is_found():
+    """A quadratic whose sharpest direction changes between two measurements, each an exact eigenvector."""
+
+    class Turning(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.full((40,), 0.1))
+
+        def loss_on(self, batch):
+            curvature = torch.linspace(0.1, 1.0, 40)
+            curvature[0] = 5.0
+            curvature[1] = 4.0 if self.global_step < 4 else 8.0
+            return 0.5 * (curvature * self.w**2).sum()
+
+        def training_step(self, batch, batch_idx):
+            return self.loss_on(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    recorder = Recorder()
+    monitor = CurvatureMonitor(every_n_steps=2, budget=None, tol=1e-3, max_products=40)
+    fit([monitor], Turning, max_steps=8, logger=recorder)
+    found = {step: row["curvature/sharpness"] for step, row in recorder.rows.items() if "curvature/sharpness" in row}
+    assert found == pytest.approx({0: 5.0, 2: 5.0, 4: 8.0, 6: 8.0}, rel=1e-3)
