@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 
 
@@ -52,6 +53,8 @@ def become(request: dict) -> None:
         (2, request["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC),
     ):
         os.dup2(os.open(path, flags), descriptor)
+    # A suite started in the background inherits ignored interrupts; a command at a terminal does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = ["evolute", *request["args"]]
