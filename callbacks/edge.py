@@ -12,7 +12,6 @@ from evolute.geometry import (
     SymmetricOperator,
     adam_threshold,
     batched_lmo,
-    dual_norm,
     generalized_sharpness,
     heavy_ball_threshold,
     nesterov_threshold,
@@ -203,17 +202,12 @@ def _fixed_size(
         best = batched_lmo([part.float() for part in H.unflatten(m)], norms)
         return H.flatten([-radius * d for radius, d in zip(radii, best, strict=True)])
 
-    found = generalized_sharpness(H, steepest, H.gradient if start is None else start, iterations=products)
-    dual = sum(
-        radius * dual_norm(_as_matrix(part.float()), norm, "polar_express")
-        for radius, part, norm in zip(radii, H.unflatten(H.gradient), norms, strict=True)
-    )
-    return Edge("generalized_sharpness", found.value, torch.as_tensor(2.0 * dual / lr), found.direction)
+    gradient = H.gradient
+    down = steepest(gradient)
+    dual = torch.dot(gradient, down)  # what a step of unit rate gains to first order: the dual norm of the gradient
+    found = generalized_sharpness(H, steepest, down if start is None else start, iterations=products)
+    return Edge("generalized_sharpness", found.value, 2.0 * dual / lr, found.direction)
 
 
 def _matrix_shape(p: Tensor) -> tuple[int, ...]:
     return (p.shape[0], p.numel() // p.shape[0]) if p.ndim > 2 else tuple(p.shape)
-
-
-def _as_matrix(p: Tensor) -> Tensor:
-    return p.flatten(1) if p.ndim > 2 else p

@@ -66,7 +66,7 @@ class LayerMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 20,
+        every_n_steps: int = 25,
         layers: str = ".*",
         noise: Literal["auto", "split", "ranks", "consecutive"] = "auto",
         memory: int = 10,

@@ -65,7 +65,7 @@ class StepRadius(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 20,
+        every_n_steps: int = 25,
         mode: Literal["monitor", "clip"] = "monitor",
         target: float = 1.0,
         estimator: Literal["secant", "jvp"] = "secant",

@@ -20,7 +20,22 @@ _STRUCTURE = {
     "_fabric",
     "_example_input_array",
     "_non_persistent_buffers_set",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 }
+
+
+# Values whose contents may change in place; a module has many other attributes, and they are restored by reference.
+_WITH_CONTENTS = (Tensor, dict, list, deque, tuple, set, torch.Generator, random.Random, np.random.Generator)
 
 
 @contextmanager
@@ -33,10 +48,8 @@ def untouched(module: nn.Module) -> Generator[None]:
     object, the same tensor, at any depth. Parameters are not copied: nothing here may change them. Files, sockets and
     the insides of foreign objects cannot be restored; a module with such effects defines ``loss_on``.
     """
-    attributes = [
-        (m.__dict__, {k: _snapshot(v) for k, v in m.__dict__.items() if k not in _STRUCTURE}) for m in module.modules()
-    ]
-    buffers = [(m._buffers, {k: _snapshot(b) for k, b in m._buffers.items()}) for m in module.modules()]
+    attributes = [(m.__dict__, _snapshots(m.__dict__)) for m in module.modules()]
+    buffers = [(m._buffers, _snapshots(m._buffers)) for m in module.modules()]
     grads = [(p, p.grad) for p in module.parameters()]
     python, numpy = random.getstate(), np.random.get_state()
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() and torch.cuda.is_initialized() else []
@@ -47,11 +60,24 @@ def untouched(module: nn.Module) -> Generator[None]:
             for owner, restores in [*attributes, *buffers]:
                 for name in set(owner) - set(restores) - _STRUCTURE:
                     del owner[name]
-                owner.update({name: restore() for name, restore in restores.items()})
+                owner.update({name: restore() if restore else value for name, (value, restore) in restores.items()})
             for p, grad in grads:
                 p.grad = grad
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def _snapshots(owner: dict[str, Any]) -> dict[str, tuple[Any, Callable[[], Any] | None]]:
+    """Return for every attribute its value and, where that has contents that may change, how to put them back."""
+    return {
+        name: (value, _snapshot(value) if isinstance(value, _WITH_CONTENTS) and _holds(value) else None)
+        for name, value in owner.items()
+        if name not in _STRUCTURE
+    }
+
+
+def _holds(value: Any) -> bool:
+    return not isinstance(value, tuple) or any(isinstance(v, _WITH_CONTENTS) for v in value)
 
 
 def _snapshot(value: Any) -> Callable[[], Any]:

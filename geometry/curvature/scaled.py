@@ -68,7 +68,7 @@ def generalized_sharpness(
         H: the operator, [P, P].
         steepest: maps a flat [P] vector ``m`` to the element of the unit ball with the largest inner product with it.
             For the l2 norm ``m / ||m||`` (then this is power iteration), for the sign norm ``m.sign()``.
-        start: [P], mapped into the ball by ``steepest`` first; the gradient is a good choice.
+        start: [P], in the ball; ``steepest`` of the gradient is a good choice, the direction found last time another.
         iterations: at most so many products; it stops early where the direction repeats itself exactly.
 
     Raises:
@@ -77,7 +77,7 @@ def generalized_sharpness(
     """
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: must be at least 1")
-    direction = best_direction = steepest(start)
+    direction = best_direction = start
     history: list[float] = []
     for i in range(iterations):
         product = H @ direction
@@ -87,6 +87,8 @@ def generalized_sharpness(
         if not history or value > max(history):
             best_direction = direction
         history.append(value)
+        if i == iterations - 1:
+            break
         following = steepest(product)
         if torch.equal(following, direction):
             break
