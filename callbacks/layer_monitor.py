@@ -27,7 +27,7 @@ from evolute.callbacks.access import (
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
-from evolute.geometry import gradient_noise_scale
+from evolute.geometry import gradient_noise_scale, pair_signal
 
 
 class LayerMonitor(Callback):
@@ -42,11 +42,10 @@ class LayerMonitor(Callback):
     - ``layer/snr/<name>``: squared signal over squared noise of the step's gradient; below 1 the step is mostly noise;
 
     and for all of them together ``layer/grad_norm``, ``layer/noise_scale`` (the simple gradient noise scale of
-    McCandlish et al., arXiv 1812.06162, appendix A, in samples: batches well below it are wasted on noise less than
-    batches above it are wasted on redundancy, so it estimates the critical batch size). Signal and noise come from two
-    gradient estimates a and b that the run computes anyway: ``<a, b>`` is the squared signal, ``|a - b|^2 / 2`` the
-    squared noise; both are averaged over ``memory`` measurements, for one pair says little. A ratio
-    without noise, and a noise scale whose mean signal is not above zero, are left out.
+    McCandlish et al., arXiv 1812.06162, appendix A, in samples: well below it a batch of twice the size saves almost
+    half of the steps, well above it almost none, so it estimates the critical batch size). Signal and noise come from
+    two gradient estimates that the run computes anyway; both are averaged over ``memory`` measurements, for one pair
+    says little. A ratio without noise, and a noise scale whose mean signal is not above zero, are left out.
 
     Args:
         every_n_steps: optimizer steps between two measurements; the first step is measured.
@@ -163,10 +162,8 @@ class LayerMonitor(Callback):
                 self._fold_ranks(list(gradients), norms)
 
     def _fold_pair(self, pair: GradientPair) -> None:
-        a, b = list(pair.first.values()), list(pair.second.values())
-        signal = torch.stack([torch.sum(_wide(x) * _wide(y)) for x, y in zip(a, b, strict=True)])
-        noise = pair.noise_share * _norms([x - y for x, y in zip(a, b, strict=True)]).square()
-        self._fold(list(pair.first), signal, noise)
+        signal, distance = pair_signal(list(pair.first.values()), list(pair.second.values()))
+        self._fold(list(pair.first), signal, pair.noise_share * distance)
 
     def _fold_ranks(self, names: list[str], norms: Tensor) -> None:
         """Fold what the ranks' own gradients say; ``norms`` are those of their mean."""
@@ -241,10 +238,6 @@ class LayerMonitor(Callback):
         self._samples = state_dict["samples"]
         self._pace.load_state_dict(state_dict["pace"])
         self._pairs.load_state_dict(state_dict["pairs"])
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:

@@ -31,6 +31,7 @@ from evolute.geometry.steps import (
     gradient_noise_scale,
     head_spread,
     logit_spread,
+    pair_signal,
     secant_spread,
     update_ratio,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "noise_ratios",
     "norm_scale",
     "nuclear_norm",
+    "pair_signal",
     "polar_express",
     "preconditioned",
     "secant_spread",

@@ -9,7 +9,7 @@ from evolute.geometry.steps.ghost import (
     logit_spread,
     secant_spread,
 )
-from evolute.geometry.steps.noise_scale import NoiseScale, gradient_noise_scale
+from evolute.geometry.steps.noise_scale import NoiseScale, gradient_noise_scale, pair_signal
 from evolute.geometry.steps.update_ratio import update_ratio
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "gradient_noise_scale",
     "head_spread",
     "logit_spread",
+    "pair_signal",
     "secant_spread",
     "update_ratio",
 ]

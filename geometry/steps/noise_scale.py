@@ -1,7 +1,9 @@
 """Gradient noise scale: the batch size beyond which more samples a step buy little."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -43,3 +45,27 @@ def gradient_noise_scale(small_sq: Tensor, big_sq: Tensor, small_batch: float, b
     grad_sq = (big_batch * big_sq - small_batch * small_sq) / (big_batch - small_batch)
     trace = (small_sq - big_sq) / (1 / small_batch - 1 / big_batch)
     return NoiseScale(grad_sq, trace, trace / grad_sq)
+
+
+def pair_signal(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Split two independent estimates of the same gradients into signal and noise, layer by layer.
+
+    For ``a`` and ``b`` of mean ``g`` and independent noise, ``E<a, b> = |g|^2`` and ``E|a - b|^2`` is the sum of their
+    two total variances.
+
+    Args:
+        first: one estimate, a tensor a layer.
+        second: the other, same shapes.
+
+    Returns:
+        ``(signal, distance)``, both [layers] in float32 or wider: ``<a, b>``, which may be negative in a single pair,
+        and ``|a - b|^2``.
+    """
+    pairs = [(_wide(a), _wide(b)) for a, b in zip(first, second, strict=True)]
+    signal = torch.stack([torch.sum(a * b) for a, b in pairs])
+    distance = torch.stack([torch.linalg.vector_norm(a - b).square() for a, b in pairs])
+    return signal, distance
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

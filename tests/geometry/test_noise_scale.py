@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evolute.geometry import gradient_noise_scale
+from evolute.geometry import gradient_noise_scale, pair_signal
 
 
 def test_exact_on_expected_norms():
@@ -28,3 +28,20 @@ def test_unbiased_on_samples():
 def test_batches_must_differ(small, big):
     with pytest.raises(ValueError, match=f"small_batch={small}, big_batch={big}"):
         gradient_noise_scale(torch.ones(()), torch.ones(()), small, big)
+
+
+def test_a_pair_of_estimates_tells_signal_from_noise():
+    generator = torch.Generator().manual_seed(0)
+    true = [torch.randn(30, 4, generator=generator).double(), torch.zeros(50).double()]
+    noise = (0.5, 2.0)
+    signals, distances = [], []
+    for _ in range(400):
+        a, b = (
+            [g + s * torch.randn(g.shape, generator=generator).double() for g, s in zip(true, noise, strict=True)]
+            for _ in range(2)
+        )
+        signal, distance = pair_signal(a, b)
+        signals.append(signal)
+        distances.append(distance)
+    assert torch.stack(signals).mean(0).tolist() == pytest.approx([float(true[0].square().sum()), 0.0], rel=0.01, abs=2)
+    assert torch.stack(distances).mean(0).tolist() == pytest.approx([2 * 0.25 * 120, 2 * 4.0 * 50], rel=0.03)
