@@ -5,7 +5,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# Two threads suit the small matrices of the demo; tests pin one themselves.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test check lock clean
