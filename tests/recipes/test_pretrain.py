@@ -273,6 +273,8 @@ def test_the_packaged_configuration_is_what_the_classes_take():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_argument("--seed_everything", type=int)
+    for key in ("wandb", "tensorboard", "checkpoint_every"):  # the command line's own
+        parser.add_argument(f"--{key}")
     parser.add_subclass_arguments(L.LightningModule, "model")
     parser.add_subclass_arguments(L.LightningDataModule, "data")
     parser.add_class_arguments(L.Trainer, "trainer")
