@@ -1,6 +1,7 @@
 """Per layer: gradient norm, weight norm, update ratio, signal to noise; for the run: the gradient noise scale."""
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning as L
@@ -150,16 +151,20 @@ class LayerMonitor(Callback):
             params = {n: p for n, p in self._params.items() if id(p) in owned}
             gradients = self._backend.gradients(params, optimizer)
             pair = None if self._by_ranks else self._pairs.pair(trainer, gradients, self._pace.step)
-            if not self._pace.now:
-                return
-            norms = _norms(list(gradients.values()))
-            self._values = {f"grad_norm/{n}": norm for n, norm in zip(gradients, norms, strict=True)}
-            if gradients:
-                self._values["grad_norm"] = torch.linalg.vector_norm(norms)
-            if pair is not None and pair.first:
-                self._fold_pair(pair)
-            if self._by_ranks and gradients:
-                self._fold_ranks(list(gradients), norms)
+            if self._pace.now:
+                self._measure_gradients(gradients, pair)
+            if not self._by_ranks and "nonfinite" not in self._values:
+                self._pairs.keep(gradients, self._pace.step)
+
+    def _measure_gradients(self, gradients: Mapping[str, Tensor], pair: GradientPair | None) -> None:
+        norms = _norms(list(gradients.values()))
+        self._values = {f"grad_norm/{n}": norm for n, norm in zip(gradients, norms, strict=True)}
+        if gradients:
+            self._values["grad_norm"] = torch.linalg.vector_norm(norms)
+        if pair is not None and pair.first:
+            self._fold_pair(pair)
+        if self._by_ranks and gradients:
+            self._fold_ranks(list(gradients), norms)
 
     def _fold_pair(self, pair: GradientPair) -> None:
         signal, distance = pair_signal(list(pair.first.values()), list(pair.second.values()))
@@ -183,7 +188,6 @@ class LayerMonitor(Callback):
         """
         both = torch.stack([signal, noise]).double().cpu()
         if not bool(both.isfinite().all()):
-            self._pairs.drop()
             self._values["nonfinite"] = 1.0
             return
         keep = 1.0 - 1.0 / self.memory

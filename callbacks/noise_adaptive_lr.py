@@ -165,20 +165,19 @@ class NoiseAdaptiveLR(Callback):
         with self._pace.timed():
             gradients = self._backend.gradients(self._params, optimizer)
             pair = self._pairs.pair(trainer, gradients, self._steps_seen)
-            if pair is not None and pair.first:
-                self._update(trainer, {n: (pair.second[n] - g) * pair.to_step for n, g in pair.first.items()})
+            if pair is None or not pair.first or self._update(trainer, pair.difference()):
+                self._pairs.keep(gradients, self._steps_seen)
         self._steps_seen += 1
 
-    def _update(self, trainer: L.Trainer, differences: Mapping[str, Tensor]) -> None:
-        """Fold one noise sample into H and renew the ratios; a sample that is not finite changes nothing."""
+    def _update(self, trainer: L.Trainer, differences: Mapping[str, Tensor]) -> bool:
+        """Fold one noise sample into H and renew the ratios; say whether it was finite: else nothing changes."""
         names = list(differences)
         norms: list[Norm] = [self._norm_of[n] for n in names]
         duals = batched_dual_norms(list(differences.values()), norms, scaled=self.dual == "scaled")
         sample = duals.double().square().cpu()
         if not bool(sample.isfinite().all()):
-            self._pairs.drop()
             record(trainer, "noise", {"nonfinite": 1.0}, step=self._steps_seen)
-            return
+            return False
         before = torch.tensor([self._noise.get(n, 0.0) for n in names], dtype=torch.float64)
         self._noise.update(zip(names, noise_ema(before, sample, self.decay, self.every_n_steps).tolist(), strict=True))
         for norm in set(norms):
@@ -186,6 +185,7 @@ class NoiseAdaptiveLR(Callback):
             noise = torch.tensor([self._noise[n] for n in group], dtype=torch.float64)
             self._ratios.update(zip(group, noise_ratios(noise, self.alpha, self.power).tolist(), strict=True))
         self._measured = True
+        return True
 
     def _scale(self, step: OptimizerStep) -> Mapping[str, float] | None:
         if self.dry_run:

@@ -26,7 +26,7 @@ class RunCheckpoint(Callback):
     after a resume replays the epoch's batches and shifts its step counters. This callback saves at the *start* of the
     next batch, when all that belongs to the step is done, and puts a resumed run back to that very point: random
     states of Python, NumPy, torch and CUDA on every rank, loop counters, and the rows of :class:`MetricsCSV`. With a
-    data module that knows its position (``evolute.data``) the next batch is the next batch. A checkpoint is written
+    data module that knows its position the next batch is the next batch. A checkpoint is written
     beside its name and moved there whole.
 
     Put it first among the callbacks, so that no other one acts on the next batch before the state is saved.

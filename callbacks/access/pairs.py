@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -30,6 +31,14 @@ class GradientPair:
     noise_share: float
     to_step: float
 
+    def difference(self) -> dict[str, Tensor]:
+        """Return ``(first - second) to_step``, by name. It takes the place of ``first``: nothing is copied."""
+        differences = list(self.first.values())
+        torch._foreach_sub_(differences, list(self.second.values()))
+        if self.to_step != 1.0:
+            torch._foreach_mul_(differences, self.to_step)
+        return dict(zip(self.first, differences, strict=True))
+
 
 class GradientPairs:
     """Collect gradient pairs at the steps that ``wanted`` asks for.
@@ -39,7 +48,8 @@ class GradientPairs:
     between the steps counts as noise. ``split``: the two halves of the micro-batches of one step, at the same weights,
     without drift; it needs ``accumulate_grad_batches >= 2`` and one copy of the gradient from half-way to the step.
 
-    Call :meth:`after_backward` in ``on_after_backward`` and :meth:`pair` once in ``on_before_optimizer_step``.
+    Call :meth:`after_backward` in ``on_after_backward``, :meth:`pair` and then :meth:`keep` in
+    ``on_before_optimizer_step``.
     """
 
     def __init__(self, source: PairSource, wanted: Callable[[int], bool]) -> None:
@@ -76,14 +86,17 @@ class GradientPairs:
         if self.source == "split":
             return self._halves(trainer, gradients, step)
         earlier, self._held = self._held, {}
-        if self._wanted(step + 1):
-            self._held = {name: g.clone() for name, g in gradients.items()}
         if not self._wanted(step) or not earlier:
             return None
         both = [name for name in gradients if name in earlier]
         # A checkpoint brings the earlier one back on the CPU.
         first = {n: earlier[n].to(gradients[n].device) for n in both}
         return GradientPair(first, {n: gradients[n] for n in both}, noise_share=0.5, to_step=1.0)
+
+    def keep(self, gradients: Mapping[str, Tensor], step: int) -> None:
+        """Hold a copy of step ``step``'s gradients if the next step is wanted; call it after the pair has been used."""
+        if self.source == "consecutive" and self._wanted(step + 1):
+            self._held = {name: g.clone() for name, g in gradients.items()}
 
     def _halves(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
         parts, self._micro_batches = self._micro_batches, 0
@@ -98,10 +111,6 @@ class GradientPairs:
         # Var(first - second) = s (1/a + 1/b) and the step's is s / (a + b), for a and b micro-batches of variance s.
         share = first_parts * second_parts / parts**2
         return GradientPair(first, second, noise_share=share, to_step=share**0.5)
-
-    def drop(self) -> None:
-        """Forget the gradient held: it was not finite, or the run was interrupted inside a step."""
-        self._held = {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the gradient held between two steps: a resumed run measures what an uninterrupted one would."""
