@@ -6,7 +6,7 @@ hundred steps, so that a machine that slows down slows them all; the ratio is th
 each of which holds every kind of measurement. Bars: monitors at most 3 % with at least 25 sharpness points and 100
 step ratios, noise at most 5 % and at most one copy of the gradient held between steps.
 
-    python benchmarks/overhead.py                # half an hour on one core
+    python benchmarks/overhead.py                # fifty minutes on one core
     python benchmarks/overhead.py --steps 600    # a rough look, too short for the counts
 
 The exit code is 1 if a bar is missed.
@@ -39,7 +39,7 @@ from evolute.recipes.llm import Pretrain
 from evolute.registry import resolve
 
 RECIPE = yaml.safe_load(resolve("llm/pretrain").read_text())
-TURN = 100
+TURN = 150
 EVERY = 5
 ARMS: dict[str, Callable[[], list[Callback]]] = {
     "base": list,
@@ -174,7 +174,7 @@ def report(results: dict[str, Any]) -> int:
 def main() -> int:
     """Train all arms in turns."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2600, help=f"optimizer steps of each arm, a multiple of {TURN}")
+    parser.add_argument("--steps", type=int, default=3900, help=f"optimizer steps of each arm, a multiple of {TURN}")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS)[1:], default=list(ARMS)[1:], help="beside the base")
     parser.add_argument("--json", type=Path, help="write every turn's numbers here")

@@ -78,7 +78,7 @@ class CurvatureMonitor(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 100,
+        every_n_steps: int = 150,
         samples: int | None = None,
         fixed_batch: bool = True,
         tol: float = 3e-2,
