@@ -1,9 +1,12 @@
 """Hessian and Gauss-Newton operators, and what is estimated from their products."""
 
+from evolute.geometry.curvature.blocks import parameter_blocks
+from evolute.geometry.curvature.fisher import EmpiricalFisher, Fisher
 from evolute.geometry.curvature.gauss_newton import GaussNewton
 from evolute.geometry.curvature.hessian import Hessian
 from evolute.geometry.curvature.lanczos import Eigenpairs, top_eigenpairs
 from evolute.geometry.curvature.operator import CurvatureOperator, SymmetricOperator
+from evolute.geometry.curvature.residual import HessianResidual
 from evolute.geometry.curvature.scaled import (
     GeneralizedSharpness,
     Preconditioned,
@@ -21,9 +24,12 @@ from evolute.geometry.curvature.trace import TraceSamples, hutchinson_trace, tra
 __all__ = [
     "CurvatureOperator",
     "Eigenpairs",
+    "EmpiricalFisher",
+    "Fisher",
     "GaussNewton",
     "GeneralizedSharpness",
     "Hessian",
+    "HessianResidual",
     "Preconditioned",
     "SymmetricOperator",
     "TraceSamples",
@@ -33,6 +39,7 @@ __all__ = [
     "heavy_ball_threshold",
     "hutchinson_trace",
     "nesterov_threshold",
+    "parameter_blocks",
     "preconditioned",
     "top_eigenpairs",
     "trace_samples",
