@@ -60,16 +60,20 @@ class RunCheckpoint(Callback):
             self._put_back(trainer, self._restore)
             self._restore = None
             return
-        step = trainer.global_step
-        if step and step % self.every_n_steps == 0 and step != self._saved_step:
-            self._at_batch_start = True
-            self.save(trainer)
-            self._at_batch_start = False
+        if trainer.global_step % self.every_n_steps == 0:
+            self.save_at_batch_start(trainer)
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step and trainer.global_step != self._saved_step:
             self.save(trainer)
+
+    def save_at_batch_start(self, trainer: L.Trainer) -> None:
+        """Save what training has done so far, unless it is saved already; for ``on_train_batch_start`` alone."""
+        if trainer.global_step and trainer.global_step != self._saved_step:
+            self._at_batch_start = True
+            self.save(trainer)
+            self._at_batch_start = False
 
     def save(self, trainer: L.Trainer) -> Path:
         """Write a checkpoint of the current step, whole or not at all, and drop the oldest ones."""
@@ -81,6 +85,7 @@ class RunCheckpoint(Callback):
                 logger.flush()
         trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
+            _to_disk(temporary)  # a machine that loses power must not be left with the name and not the content
             os.replace(temporary, path)
             for old in checkpoints(folder)[: -self.keep]:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -136,6 +141,14 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the whole checkpoints of a folder, oldest first."""
     found = [p for p in Path(folder).glob("step=*.ckpt") if re.fullmatch(r"step=\d+\.ckpt", p.name)]
     return sorted(found, key=lambda p: int(p.stem.split("=")[1]))
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until the content of a file, or of the files in a folder, is on the disk."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def _forget(run: Path, folder: str, step: int) -> None:

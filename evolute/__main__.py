@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 
 from evolute.messages import fail
 from evolute.registry import check_yaml, nearest, recipes, resolve, summary
+from evolute.signals import listen
 
 USAGE = """usage: evolute COMMAND ...
 
   fit --config RECIPE       train; RECIPE is a packaged name (llm/pretrain) or a YAML file
   validate, test, predict   the same, for a trained run: add --ckpt_path FILE
+  launch --config RECIPE    submit fit to SLURM, checked first; --dry-run prints the command
   recipes                   list the packaged recipes
   report RUN ...            write the HTML report of one run, or of several side by side
   export CHECKPOINT FOLDER  write a language model as a Hugging Face folder
   doctor                    versions, extras, devices, threads, as found on this machine
 
   --any.key value overrides a value of the configuration; 'evolute fit --help' lists the keys
-  --run DIR      run folder (default: runs/<recipe>-<number>), --resume continues it
+  --run DIR      run folder (default: runs/<recipe>-<number>), --resume continues it, --resume auto also begins it
   --wandb true   also log to Weights & Biases (offline unless logged in); --tensorboard true likewise
   EVOLUTE_DEBUG=1 in the environment shows the traceback behind an error of one line
 """
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = args[0], args[1:]
     commands: dict[str, Callable[[list[str]], int]] = {
         **{name: _train(name) for name in TRAINING},
+        "launch": _launch,
         "recipes": _recipes,
         "report": _report,
         "export": _export,
@@ -69,6 +72,8 @@ def _train(command: str) -> Callable[[list[str]], int]:
         wants_help = any(a in ("-h", "--help") or a.startswith("--help=") for a in args)
         if not names and not wants_help:
             return fail(f"{command} needs --config RECIPE; 'evolute recipes' lists the packaged ones")
+        if command == "fit":
+            listen()
         watched = sys.stderr.isatty()
         hush()
         if watched:  # a notice for who waits, wiped out again: errors stand alone
@@ -104,6 +109,12 @@ def _resolved(args: list[str]) -> tuple[list[str], list[str]]:
         else:
             out.append(word)
     return out, names
+
+
+def _launch(args: list[str]) -> int:
+    from evolute.launch import launch
+
+    return launch(args)
 
 
 def _recipes(args: list[str]) -> int:

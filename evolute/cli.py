@@ -3,10 +3,11 @@
 import importlib
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,8 +16,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
+from evolute.folders import next_free
 from evolute.messages import Held, condense, fail
-from evolute.run_folder import MakeLogger, RunFolder, next_free, tensorboard_logger, wandb_logger
+from evolute.requeue import Interrupted, StopWhenTold
+from evolute.run_folder import MakeLogger, RunFolder, tensorboard_logger, wandb_logger
+from evolute.signals import INTERRUPTED, listen, told
 
 
 class BadInput(Exception):
@@ -71,7 +75,10 @@ class RecipeCLI(LightningCLI):
             "--run", type=str | None, default=None, help="Run folder; a new one under runs/ by default."
         )
         parser.add_argument(
-            "--resume", type=bool, default=False, help="Continue the run in --run from its newest checkpoint."
+            "--resume",
+            type=bool | Literal["auto"],
+            default=False,
+            help="Continue the run in --run from its newest checkpoint; auto begins it if there is none.",
         )
         parser.add_argument(
             "--checkpoint_every", type=int, default=100, help="Optimizer steps between two checkpoints."
@@ -108,6 +115,8 @@ class RecipeCLI(LightningCLI):
         begun = (self.folder / "config.yaml").exists()
         if config.resume and config.run is None:
             raise BadInput("--resume needs --run DIR, the run to continue")
+        if config.resume == "auto":
+            config.resume = begun
         if config.resume and not begun:
             raise BadInput(f"--resume: {self.folder} holds no run; leave --resume out to begin one there")
         if begun and not config.resume:
@@ -124,6 +133,7 @@ class RecipeCLI(LightningCLI):
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         chosen: list[Callback] = config.get("callbacks") or []
         config.update(default_root_dir=str(self.folder), enable_checkpointing=False)
+        config.update(plugins=own_requeue(config.get("plugins")))
         if self.subcommand != "fit":
             start = {f"on_{stage}_start": lambda *_: self.held.release() for stage in ("validation", "test", "predict")}
             config.update(callbacks=[LambdaCallback(**start), *chosen], logger=False)
@@ -140,7 +150,8 @@ class RecipeCLI(LightningCLI):
         report = [] if any(isinstance(c, RunReport) for c in chosen) else [RunReport()]
         own_bar = config.get("enable_progress_bar") is False or any(isinstance(c, ProgressBar) for c in chosen)
         bar = [] if own_bar else [TQDMProgressBar()]
-        config["callbacks"] = [first, folder, *chosen, *report, *bar]
+        stop = [StopWhenTold(first, told)] if listen() else []
+        config["callbacks"] = [first, *stop, folder, *chosen, *report, *bar]
         given = config.get("logger")
         given = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
         config["logger"] = [MetricsCSV(self.folder), *given]
@@ -166,6 +177,14 @@ class RecipeCLI(LightningCLI):
         kwargs["ckpt_path"] = str(self.ckpt) if self.ckpt is not None else None
         kwargs["weights_only"] = True if self.ckpt is not None else None
         return kwargs
+
+
+def own_requeue(plugins: Any) -> Any:
+    """Add to a trainer's plugins, within a SLURM job, that Lightning leaves requeueing to us: it saves inexactly."""
+    given: list[Any] = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    if not SLURMEnvironment.detect() or any(isinstance(plugin, ClusterEnvironment) for plugin in given):
+        return plugins
+    return [*given, SLURMEnvironment(auto_requeue=False)]
 
 
 def check_checkpoint(path: Path, model: str) -> None:
@@ -199,7 +218,7 @@ def _real_path(class_path: str) -> str:
 
 
 def train(command: str, args: list[str], names: list[str]) -> int:
-    """Run a training command; return 0, 130 after Ctrl-C, or 2 with one line on stderr for bad input.
+    """Run a training command; return 0, 130 after Ctrl-C, 75 when told to stop, 2 with one line on stderr if refused.
 
     Errors before the first batch are the user's to mend and get one line, with nothing beside it: warnings and log
     entries wait until the run starts. Later errors keep their traceback; EVOLUTE_DEBUG=1 keeps it always.
@@ -209,6 +228,13 @@ def train(command: str, args: list[str], names: list[str]) -> int:
         cli = RecipeCLI(names, [command, *args], held)
     except BadInput as error:
         return fail(str(error))
+    except Interrupted as interrupted:
+        # One rank speaks for all: srun ends the other tasks as soon as one leaves with a code that is not 0, and the
+        # first rank may still be writing its report.
+        if os.environ.get("SLURM_PROCID", "0") != "0":
+            return 0
+        print(f"{interrupted}: the same command with --resume continues it", flush=True)
+        return INTERRUPTED
     except (MisconfigurationException, ValueError, OSError, ImportError, RuntimeError, TypeError, KeyError) as error:
         if held.released or os.environ.get("EVOLUTE_DEBUG"):
             raise

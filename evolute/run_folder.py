@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import sys
@@ -24,6 +23,7 @@ from typing_extensions import override
 
 from evolute.callbacks import MetricsCSV
 from evolute.callbacks.record import record
+from evolute.folders import take
 
 PACKAGES = (
     "evolute",
@@ -142,22 +142,6 @@ class RunFolder(Callback):
             steps, seconds = step - self._since[0], now - self._since[1]
             record(trainer, "time", {"step_ms": 1e3 * seconds / steps}, step - 1)
             self._since = (step, now)
-
-
-def next_free(parent: Path, name: str) -> Path:
-    """Return ``parent/name-N`` with the lowest N above every folder there."""
-    taken = [re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name) for p in parent.glob(f"{name}-*")]
-    return parent / f"{name}-{1 + max((int(m[1]) for m in taken if m), default=0)}"
-
-
-def take(proposal: Path) -> Path:
-    """Make the folder ``name-N``, or the next number that no other run has taken, and return it."""
-    while True:
-        try:
-            proposal.mkdir(parents=True)
-            return proposal
-        except FileExistsError:
-            proposal = next_free(proposal.parent, proposal.name.rpartition("-")[0])
 
 
 def wandb_logger(folder: Path) -> Logger:

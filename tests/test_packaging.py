@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("callbacks", "data", "geometry", "models", "optim", "recipes", "reports")
+ROOMS = ("callbacks", "data", "geometry", "models", "optim", "recipes", "reports", "slurm")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -44,6 +44,7 @@ ALLOWED = {
     "data": {"geometry", "data"},
     "callbacks": {"geometry", "optim", "callbacks"},
     "reports": {"geometry", "reports"},
+    "slurm": set(),
     "recipes": set(ROOMS),
     "evolute": {*ROOMS, "evolute"},
 }

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from evolute.run_folder import next_free, take
+from evolute.folders import next_free, take
 from tests.cli.conftest import ENVIRONMENT, EXECUTABLE, execute, recipe
 from tests.cli.test_bad_input import contents
 from tests.cli.test_kill import plain, rows
