@@ -13,16 +13,27 @@ from evolute.geometry.curvature.scaled import (
     generalized_sharpness,
     preconditioned,
 )
+from evolute.geometry.curvature.sliding_fisher import SlidingFisher
+from evolute.geometry.curvature.spectrum import SpectralDensity, spectral_density
 from evolute.geometry.curvature.thresholds import (
     adam_threshold,
     gd_threshold,
     heavy_ball_threshold,
     nesterov_threshold,
 )
-from evolute.geometry.curvature.trace import TraceSamples, hutchinson_trace, trace_samples
+from evolute.geometry.curvature.trace import (
+    Diagonal,
+    SketchedTrace,
+    TraceSamples,
+    hutch_plus_plus,
+    hutchinson_diagonal,
+    hutchinson_trace,
+    trace_samples,
+)
 
 __all__ = [
     "CurvatureOperator",
+    "Diagonal",
     "Eigenpairs",
     "EmpiricalFisher",
     "Fisher",
@@ -31,16 +42,22 @@ __all__ = [
     "Hessian",
     "HessianResidual",
     "Preconditioned",
+    "SketchedTrace",
+    "SlidingFisher",
+    "SpectralDensity",
     "SymmetricOperator",
     "TraceSamples",
     "adam_threshold",
     "gd_threshold",
     "generalized_sharpness",
     "heavy_ball_threshold",
+    "hutch_plus_plus",
+    "hutchinson_diagonal",
     "hutchinson_trace",
     "nesterov_threshold",
     "parameter_blocks",
     "preconditioned",
+    "spectral_density",
     "top_eigenpairs",
     "trace_samples",
 ]
