@@ -10,6 +10,8 @@ from evolute.geometry.curvature.residual import HessianResidual
 from evolute.geometry.curvature.scaled import (
     GeneralizedSharpness,
     Preconditioned,
+    adam_diagonal,
+    adam_preconditioner,
     generalized_sharpness,
     preconditioned,
 )
@@ -47,6 +49,8 @@ __all__ = [
     "SpectralDensity",
     "SymmetricOperator",
     "TraceSamples",
+    "adam_diagonal",
+    "adam_preconditioner",
     "adam_threshold",
     "gd_threshold",
     "generalized_sharpness",

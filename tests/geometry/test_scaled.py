@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 
-from evolute.geometry import generalized_sharpness, preconditioned, top_eigenpairs
+from evolute.geometry import (
+    Hessian,
+    adam_diagonal,
+    adam_preconditioner,
+    generalized_sharpness,
+    preconditioned,
+    top_eigenpairs,
+)
+from tests.geometry.networks import mlp
 
 
 def positive(size, seed=0):
@@ -33,6 +41,75 @@ def test_preconditioner_must_be_positive(bad):
         preconditioned(positive(3), diagonal)
     with pytest.raises(ValueError, match="expected"):
         preconditioned(positive(3), torch.ones(2))
+
+
+ADAMS = {
+    "adam": (torch.optim.Adam, {}),
+    "decayed": (torch.optim.Adam, {"weight_decay": 0.1}),
+    "decoupled": (torch.optim.AdamW, {"weight_decay": 0.1}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "fused": (torch.optim.AdamW, {"fused": True, "betas": (0.5, 0.9), "eps": 1e-2}),
+    "tensor rate": (torch.optim.Adam, {"lr": torch.tensor(0.01, dtype=torch.float64), "foreach": False}),
+}
+
+
+@pytest.mark.parametrize("name", ADAMS)
+def test_the_preconditioner_is_what_the_step_just_made_was_divided_by(name):
+    kind, options = ADAMS[name]
+    problem = mlp()
+    groups = [{"params": list(problem.params.values())[::2]},
+              {"params": list(problem.params.values())[1::2], "betas": (0.8, 0.95), "eps": 1e-3}]  # fmt: skip
+    optimizer = kind(groups, **{"lr": 0.01, **options})
+    for step in range(4):
+        optimizer.zero_grad()
+        (problem.loss() * (10.0 if step == 1 else 1.0)).backward()  # a peak, which amsgrad remembers
+        before = problem.flat()
+        optimizer.step()
+        decay = 0.01 * optimizer.param_groups[0]["weight_decay"] if kind is torch.optim.AdamW else 0.0
+        first = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in problem.params.values()])
+        moved = problem.flat() - before * (1 - decay)
+        D = adam_preconditioner(optimizer, problem.params)
+        assert D.dtype == torch.float64
+        torch.testing.assert_close(moved, -0.01 * first / D, rtol=1e-9, atol=1e-15)
+
+
+def test_adams_sharpness_is_that_of_the_dense_product_whole_and_by_blocks():
+    problem = mlp()
+    optimizer = torch.optim.AdamW(problem.module.parameters(), lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        problem.loss().backward()
+        optimizer.step()
+    dense = problem.dense_hessian()
+    v = torch.cat([optimizer.state[p]["exp_avg_sq"].flatten() for p in problem.params.values()])
+    expected = (1 - 0.9**5) * ((v / (1 - 0.999**5)).sqrt() + 1e-8)
+    with Hessian(problem.loss, problem.params) as H:
+        D = adam_preconditioner(optimizer, problem.params)
+        torch.testing.assert_close(D, expected, rtol=1e-12, atol=0)
+        scaled = preconditioned(H, D) @ torch.eye(len(D), dtype=torch.float64)
+        torch.testing.assert_close(scaled, expected.rsqrt()[:, None] * dense * expected.rsqrt(), rtol=1e-9, atol=1e-9)
+        sharpness = top_eigenpairs(preconditioned(H, D), tol=1e-8, which="largest").values[0]
+        assert sharpness.item() == pytest.approx(torch.linalg.eigvals(dense / expected[:, None]).real.max().item())
+        part = {"2.weight": problem.params["2.weight"]}
+        block = preconditioned(H.block(part), adam_preconditioner(optimizer, part))
+        torch.testing.assert_close(block @ torch.eye(42).double(), scaled[42:84, 42:84], rtol=1e-9, atol=1e-9)
+
+
+def test_the_preconditioner_is_wide_and_names_what_is_missing():
+    w, other = (torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = torch.optim.Adam([w])
+    with pytest.raises(ValueError, match="'w' has not been stepped"):
+        adam_preconditioner(optimizer, {"w": w})
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    torch.testing.assert_close(adam_preconditioner(optimizer, {"w": w}), torch.full((3,), 0.1), rtol=1e-2, atol=0)
+    with pytest.raises(ValueError, match="'other' is not among"):
+        adam_preconditioner(optimizer, {"w": w, "other": other})
+    with pytest.raises(ValueError, match="empty"):
+        adam_preconditioner(optimizer, {})
+    with pytest.raises(ValueError, match="SGD is neither Adam nor AdamW"):
+        adam_preconditioner(torch.optim.SGD([w]), {"w": w})
+    assert adam_diagonal(torch.zeros(2), 1, (0.9, 0.999), 0.5).tolist() == pytest.approx([0.05, 0.05])
 
 
 def test_in_the_l2_norm_it_is_the_largest_eigenvalue():
