@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Smallest damping served, relative to the largest mean square norm of the rows: below it the sums of float64 drown in
-# their own rounding.
+# Smallest damping served, relative to the largest ||g||^2 / k: below it the sums of float64 drown in their rounding.
 _FLOOR = 1e-12
 # Entries of the window widened to float64 at a time: 4 MiB, measured best on one CPU.
 _PIECE = 2**19
@@ -24,9 +23,10 @@ class SlidingFisher:
     factorisation serves all solves until the next ``add``.
 
     The rows are kept in ``dtype``, but all arithmetic on them is in float64, piece by piece, because the subtraction
-    cancels where ``x`` lies in the span of the rows. With float32 rows and ``damping`` at 1e-9 of the largest mean
-    square norm, solves were right to 1e-7 in general and to 1e-5 in the span of nearly equal rows; in plain float32 no
-    digit is right in that span at 1e-6 of it.
+    cancels where ``x`` lies in the span of the rows. With float32 rows and ``damping`` at 1e-9 of the largest ``||g||^2
+    / k``, solves were right to 1e-7 in general and to 1e-5 in the span of nearly equal rows; plain float32 is off there
+    by a fifth and more at 1e-6 already. The price is 3.4 times that of float32 products: 14 ms an ``add`` and 30 ms a
+    solve for 0.8M entries and a window of 32 on one CPU core.
 
     Rows are usually gradients of mini-batches, not of samples: then the second term is an estimate of the gradient's
     second moment, smaller than the Fisher matrix where the noise dominates, by the batch size.
@@ -233,7 +233,7 @@ class SlidingFisher:
             largest = float(gram.diagonal(dim1=1, dim2=2).max()) / k if k else 0.0
             if self.damping < _FLOOR * largest:
                 raise FloatingPointError(
-                    f"damping={self.damping} is lost beside rows of mean square norm {largest:.3g}: "
+                    f"damping={self.damping} is lost beside rows with ||g||^2 / k up to {largest:.3g}: "
                     f"pass at least {_FLOOR * largest:.2g}"
                 )
             factor = torch.linalg.cholesky(gram + k * self.damping * torch.eye(k).to(gram))
