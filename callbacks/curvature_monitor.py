@@ -27,9 +27,8 @@ from evolute.callbacks.access import (
     probing,
     refuse_manual_without_loss,
     refuse_reentrant_checkpointing,
-    require,
+    stepping,
     take_samples,
-    underway,
     with_tensors,
 )
 from evolute.callbacks.edge import edge_of_stability
@@ -104,7 +103,7 @@ class CurvatureMonitor(Callback):
         self._pace = Pace("CurvatureMonitor", every_n_steps, budget)
         self._action = Action(Stage.OBSERVE, self._after_update, self._before_update)
         self._batch: tuple[Any, int] | None = None
-        self._saved: tuple[list[Tensor], int] | None = None
+        self._saved: tuple[list[list[Tensor]], int] | None = None
         self._checked = False
         self._moved: dict[str, Tensor] = {}
         self._rates: dict[str, float] = {}
@@ -116,7 +115,6 @@ class CurvatureMonitor(Callback):
         if stage != "fit":
             return
         self._backend = backend_for(trainer, "CurvatureMonitor")
-        require(self._backend, "CurvatureMonitor", double_backward="use another strategy")
         refuse_manual_without_loss(pl_module, "CurvatureMonitor")
 
     @override
@@ -143,17 +141,20 @@ class CurvatureMonitor(Callback):
             self._batch = (self._captured(batch), batch_idx if self._saved is None else self._saved[1])
             self._saved = None
             if not self._checked:  # before the first step, so that nothing has been trained in vain
-                with probing(trainer, pl_module, *self._batch) as probe:
+                with probing(trainer, pl_module, self._backend, *self._batch) as probe:
                     refuse_reentrant_checkpointing(probe.loss(), pl_module, "CurvatureMonitor")
             self._checked = True
 
     def _captured(self, batch: Any) -> Any:
         """Return the probe batch: samples of this one, or those of a checkpoint in its structure."""
-        return take_samples(batch, self.samples) if self._saved is None else with_tensors(batch, self._saved[0])
+        if self._saved is None:
+            return take_samples(batch, self.samples)
+        batches, rank = self._saved[0], self._trainer.global_rank
+        return with_tensors(batch, batches[rank if rank < len(batches) else 0])
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if not underway(trainer):
+        if stepping(trainer):
             self._pace.open(trainer)
 
     def _before_update(self, step: OptimizerStep) -> bool:
@@ -162,7 +163,7 @@ class CurvatureMonitor(Callback):
     def _after_update(self, step: OptimizerStep) -> None:
         if self._pace.now and self._batch is not None:
             with self._pace.timed():
-                self._moved = {n: p.detach() - step.before[n] for n, p in step.params.items()}
+                self._moved = self._backend.whole(step.params, step.moved())
                 self._rates = step.learning_rates()
                 values = self._measure(step)
             record(self._trainer, "curvature", {**values, "time_ms": self._pace.time_ms()}, self._pace.step)
@@ -172,7 +173,10 @@ class CurvatureMonitor(Callback):
     def _measure(self, step: OptimizerStep) -> dict[str, Tensor | float]:
         assert self._batch is not None
         module = self._trainer.lightning_module
-        with probing(self._trainer, module, *self._batch) as probe, Hessian(probe.loss, probe.params) as H:
+        with (
+            probing(self._trainer, module, self._backend, *self._batch) as probe,
+            Hessian(probe.loss, probe.params) as H,
+        ):
             # Over all ranks: one that turned back alone would leave the others waiting at their next product.
             loss = mean_over_ranks(H.loss, self._trainer)
             if not bool(loss.isfinite()):
@@ -205,7 +209,7 @@ class CurvatureMonitor(Callback):
                 values["trace_stderr"] = trace.stderr
         if len(self._trainer.optimizers) == 1:
             edge = edge_of_stability(
-                reduced, list(probe.params), step.optimizer, step.params, self._rates, self._backend,
+                reduced, probe.params, step, self._rates, self._backend,
                 sharpest.values[0], self._warm.get("edge"), products=2 if "edge" in self._warm else 6,
             )  # fmt: skip
             if edge is not None:
@@ -249,8 +253,18 @@ class CurvatureMonitor(Callback):
         # Its tensors alone: a checkpoint that loads with weights_only holds no containers of others.
         batch = self._saved
         if self._batch is not None and self.fixed_batch:
-            batch = (batch_tensors(self._batch[0]), self._batch[1])
+            batch = (self._batches_of_all_ranks(), self._batch[1])
         return {"pace": self._pace.state_dict(), "warm": dict(self._warm), "batch": batch}
+
+    def _batches_of_all_ranks(self) -> list[list[Tensor]]:
+        """Return the tensors of every rank's own probe batch: a checkpoint is written by one of them."""
+        assert self._batch is not None
+        mine = batch_tensors(self._batch[0])
+        if self._trainer.world_size == 1:
+            return [mine]
+        batches: list[Any] = [None] * self._trainer.world_size
+        torch.distributed.all_gather_object(batches, [t.cpu() for t in mine])
+        return batches
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW
 
-from evolute.callbacks.access import Backend, FlatOperator
+from evolute.callbacks.access import Backend, FlatOperator, OptimizerStep, base_optimizer
 from evolute.geometry import (
     SymmetricOperator,
     adam_threshold,
@@ -39,20 +40,20 @@ class Edge:
 
 
 Rates = Mapping[str, float]
+Group = Mapping[str, Any]
 
 
 def edge_of_stability(
     H: FlatOperator,
-    names: list[str],
-    optimizer: Optimizer,
     params: Mapping[str, Tensor],
+    step: OptimizerStep,
     rates: Rates,
     backend: Backend,
     sharpness: Tensor,
     start: Tensor | None,
     products: int,
 ) -> Edge | None:
-    """Return the sharpness that ``optimizer`` is bounded by and its threshold, or None where theory has none.
+    """Return the sharpness that the optimizer is bounded by and its threshold, or None where theory has none.
 
     Plain SGD and its momentum forms: the largest eigenvalue of H, against 2/lr and its relatives; if layers differ in
     rate or decay, in the metric of the rates. Adam and AdamW: that of ``P^-1 H``. Weight decay that is added to the
@@ -63,9 +64,8 @@ def edge_of_stability(
 
     Args:
         H: Hessian at the current weights.
-        names: parameter names in the order of H.
-        optimizer: the only optimizer of the run.
-        params: live parameters by name.
+        params: the probe's parameters by name, whole, in the order of H.
+        step: the last step, of the only optimizer of the run.
         rates: learning rate of each parameter in the last step; the largest enters the threshold, the others the
             metric.
         backend: gives the optimizer's state.
@@ -77,23 +77,36 @@ def edge_of_stability(
     if start is not None and start.shape != H.shape[:1]:  # kept from a time when no direction was needed
         start = None
     slowest = min(rates.values(), default=0.0)
-    if slowest <= 0 or set(names) - set(rates) or any(g.get("maximize") for g in optimizer.param_groups):
+    optimizer = base_optimizer(step.optimizer)
+    if slowest <= 0 or set(params) - set(rates) or any(g.get("maximize") for g in optimizer.param_groups):
         return None
-    if type(optimizer) is SGD and _alike(optimizer, "momentum", "dampening", "nesterov"):
-        return _sgd(H, names, optimizer, params, rates, lr, sharpness, start, products)
-    if type(optimizer) in (Adam, AdamW) and _alike(optimizer, "betas", "decoupled_weight_decay"):
-        if any(g["amsgrad"] for g in optimizer.param_groups):
+    groups = _groups(params, step, backend)
+    if type(optimizer) is SGD and _alike(groups, "momentum", "dampening", "nesterov"):
+        return _sgd(H, params, groups, rates, lr, sharpness, start, products)
+    if type(optimizer) in (Adam, AdamW) and _alike(groups, "betas", "decoupled_weight_decay"):
+        if any(g["amsgrad"] for g in groups.values()):
             return None
-        return _adam(H, names, optimizer, params, rates, lr, backend, start, products)
-    if all("norm" in g for g in optimizer.param_groups):
-        return _fixed_size(H, names, optimizer, params, rates, lr, start, products)
+        states = {name: backend.optimizer_state(step.optimizer, step.params[name]) for name in params}
+        return _adam(H, params, groups, states, rates, lr, start, products)
+    if all("norm" in g for g in groups.values()):
+        return _fixed_size(H, params, groups, rates, lr, start, products)
     return None
 
 
-def _alike(optimizer: Optimizer, *options: str) -> bool:
+def _groups(params: Mapping[str, Tensor], step: OptimizerStep, backend: Backend) -> dict[str, Group]:
+    """Return the optimizer's options for each parameter."""
+    group_of = {id(p): group for group, members in backend.groups(step.optimizer) for p in members}
+    return {name: group_of[id(step.params[name])] for name in params}
+
+
+def _alike(groups: Mapping[str, Group], *options: str) -> bool:
     """Say whether all groups share some options: the thresholds hold for one value of each."""
-    first = optimizer.param_groups[0]
-    return all(g[option] == first[option] for g in optimizer.param_groups for option in options)
+    first = _first(groups)
+    return all(g[option] == first[option] for g in groups.values() for option in options)
+
+
+def _first(groups: Mapping[str, Group]) -> Group:
+    return next(iter(groups.values()))
 
 
 class _Decayed:
@@ -107,38 +120,32 @@ class _Decayed:
         return self._H @ v + self._decay * v
 
 
-def _filled(H: FlatOperator, names: list[str], params: Mapping[str, Tensor], values: Mapping[str, float]) -> Tensor:
+def _filled(H: FlatOperator, params: Mapping[str, Tensor], values: Mapping[str, float]) -> Tensor:
     """Return one value a parameter, spread over its entries, flat [P]."""
-    return H.flatten([torch.full_like(params[n], values[n], dtype=H.dtype) for n in names])
-
-
-def _decays(optimizer: Optimizer, names: list[str], params: Mapping[str, Tensor]) -> dict[str, float]:
-    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    return {n: float(group_of[id(params[n])]["weight_decay"]) for n in names}
+    return H.flatten([torch.full_like(p, values[n], dtype=H.dtype) for n, p in params.items()])
 
 
 def _sgd(
     H: FlatOperator,
-    names: list[str],
-    optimizer: Optimizer,
     params: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
     rates: Rates,
     lr: float,
     sharpness: Tensor,
     start: Tensor | None,
     products: int,
 ) -> Edge:
-    group = optimizer.param_groups[0]
+    group = _first(groups)
     if group["nesterov"]:
         threshold = nesterov_threshold(lr, group["momentum"])
     else:
         threshold = heavy_ball_threshold(lr, group["momentum"], group["dampening"] if group["momentum"] else 0.0)
-    decays = _decays(optimizer, names, params)
+    decays = {name: float(g["weight_decay"]) for name, g in groups.items()}
     if len(set(rates.values())) == 1 and len(set(decays.values())) == 1:
-        return Edge("sharpness", sharpness, torch.tensor(threshold - decays[names[0]]), torch.empty(0))
+        return Edge("sharpness", sharpness, torch.tensor(threshold - float(group["weight_decay"])), torch.empty(0))
     # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
-    diagonal = _filled(H, names, params, {n: lr / rates[n] for n in names})
-    return _in_metric(_Decayed(H, _filled(H, names, params, decays)), diagonal, threshold, start, products)
+    diagonal = _filled(H, params, {n: lr / rates[n] for n in params})
+    return _in_metric(_Decayed(H, _filled(H, params, decays)), diagonal, threshold, start, products)
 
 
 def _in_metric(H: SymmetricOperator, diagonal: Tensor, threshold: float, start: Tensor | None, products: int) -> Edge:
@@ -148,54 +155,48 @@ def _in_metric(H: SymmetricOperator, diagonal: Tensor, threshold: float, start: 
 
 def _adam(
     H: FlatOperator,
-    names: list[str],
-    optimizer: Optimizer,
     params: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
+    states: Mapping[str, Mapping[str, Any]],
     rates: Rates,
     lr: float,
-    backend: Backend,
     start: Tensor | None,
     products: int,
 ) -> Edge | None:
-    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    if any("exp_avg_sq" not in state for state in states.values()):
+        return None
+    first = _first(groups)
+    beta1, beta2 = first["betas"]
     diagonal: list[Tensor] = []
-    for name in names:
-        p, state = params[name], backend.optimizer_state(optimizer, params[name])
-        if "exp_avg_sq" not in state:
-            return None
-        group = group_of[id(p)]
-        beta1, beta2 = group["betas"]
-        t = float(state["step"])
-        second = state["exp_avg_sq"]
-        root = (second.to(torch.promote_types(second.dtype, torch.float32)) / (1 - beta2**t)).sqrt() + group["eps"]
+    for name, state in states.items():
+        t, second = float(state["step"]), state["exp_avg_sq"]
+        wide = second.to(torch.promote_types(second.dtype, torch.float32))
+        root = (wide / (1 - beta2**t)).sqrt() + groups[name]["eps"]
         # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
         diagonal.append((1 - beta1**t) * root * (lr / rates[name]))
-    decays = _decays(optimizer, names, params)
-    beta1 = float(optimizer.param_groups[0]["betas"][0])
-    if optimizer.param_groups[0].get("decoupled_weight_decay", False):
+    decays = {name: float(g["weight_decay"]) for name, g in groups.items()}
+    if first.get("decoupled_weight_decay", False):
         # Where layers decay differently the largest decay gives the lowest threshold; all are near 38 / lr.
-        threshold = adam_threshold(lr, beta1, max(rates[n] * decays[n] for n in names) / lr)
+        threshold = adam_threshold(lr, float(beta1), max(rates[n] * decays[n] for n in params) / lr)
         return _in_metric(H, H.flatten(diagonal), threshold, start, products)
-    decayed = _Decayed(H, _filled(H, names, params, decays))
-    return _in_metric(decayed, H.flatten(diagonal), adam_threshold(lr, beta1), start, products)
+    decayed = _Decayed(H, _filled(H, params, decays))
+    return _in_metric(decayed, H.flatten(diagonal), adam_threshold(lr, float(beta1)), start, products)
 
 
 def _fixed_size(
     H: FlatOperator,
-    names: list[str],
-    optimizer: Optimizer,
     params: Mapping[str, Tensor],
+    groups: Mapping[str, Group],
     rates: Rates,
     lr: float,
     start: Tensor | None,
     products: int,
 ) -> Edge:
-    group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    norms = [group_of[id(params[n])]["norm"] for n in names]
+    norms = [g["norm"] for g in groups.values()]
     # Radius of each layer's ball: the largest move the optimizer makes there, over lr.
     radii = [
-        group_of[id(params[n])].get("scale", 1.0) * norm_scale(_matrix_shape(params[n]), norm) * rates[n] / lr
-        for n, norm in zip(names, norms, strict=True)
+        groups[n].get("scale", 1.0) * norm_scale(_matrix_shape(p), groups[n]["norm"]) * rates[n] / lr
+        for n, p in params.items()
     ]
 
     def steepest(m: Tensor) -> Tensor:

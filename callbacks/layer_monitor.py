@@ -24,6 +24,8 @@ from evolute.callbacks.access import (
     detach,
     mean_over_ranks,
     named_parameters,
+    require,
+    stepping,
     underway,
 )
 from evolute.callbacks.pace import Pace
@@ -100,13 +102,16 @@ class LayerMonitor(Callback):
                 'LayerMonitor(noise="ranks") compares the gradients of several processes, and there is one: use '
                 'noise="auto"'
             )
-        if self.noise == "auto" and pl_module.automatic_optimization and trainer.accumulate_grad_batches >= 2:
+        can = self._backend.capabilities
+        if self.noise == "ranks":
+            require(self._backend, 'LayerMonitor(noise="ranks")', local_gradients='use noise="auto"')
+        accumulates = pl_module.automatic_optimization and trainer.accumulate_grad_batches >= 2
+        if self.noise == "auto" and accumulates and can.halves:
             self._pairs.source = "split"
-        self._by_ranks = self.noise == "ranks" or (
-            self.noise == "auto" and trainer.world_size > 1 and self._pairs.source != "split"
-        )
+        by_default = self.noise == "auto" and self._pairs.source != "split" and can.local_gradients
+        self._by_ranks = self.noise == "ranks" or (by_default and trainer.world_size > 1)
         if not self._by_ranks:
-            self._pairs.refuse(trainer, "LayerMonitor")
+            self._pairs.refuse(trainer, self._backend, "LayerMonitor")
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -117,6 +122,7 @@ class LayerMonitor(Callback):
                 f"LayerMonitor(layers={self.layers!r}) matches no trainable parameter of {type(pl_module).__name__}"
             )
         self._trainer = trainer
+        self._pairs.open(self._backend, self._params)
         attach(trainer, self._action)
 
     @override
@@ -137,17 +143,17 @@ class LayerMonitor(Callback):
         if self._by_ranks or underway(trainer):
             return
         with self._pace.timed():
-            self._pairs.after_backward(trainer, pl_module, self._backend, self._pace.step)
+            self._pairs.after_backward(trainer, self._pace.step)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if underway(trainer):
+        if not stepping(trainer):
             return
         self._pace.open(trainer)
         if not self._pace.now and not self._pace.soon:
             return
         with self._pace.timed():
-            owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            owned = {id(p) for _, members in self._backend.groups(optimizer) for p in members}
             params = {n: p for n, p in self._params.items() if id(p) in owned}
             gradients = self._backend.gradients(params, optimizer)
             pair = None if self._by_ranks else self._pairs.pair(trainer, gradients, self._pace.step)
@@ -157,7 +163,7 @@ class LayerMonitor(Callback):
                 self._pairs.keep(gradients, self._pace.step)
 
     def _measure_gradients(self, gradients: Mapping[str, Tensor], pair: GradientPair | None) -> None:
-        norms = _norms(list(gradients.values()))
+        norms = self._backend.norms(gradients)
         self._values = {f"grad_norm/{n}": norm for n, norm in zip(gradients, norms, strict=True)}
         if gradients:
             self._values["grad_norm"] = torch.linalg.vector_norm(norms)
@@ -167,7 +173,8 @@ class LayerMonitor(Callback):
             self._fold_ranks(list(gradients), norms)
 
     def _fold_pair(self, pair: GradientPair) -> None:
-        signal, distance = pair_signal(list(pair.first.values()), list(pair.second.values()))
+        parts = torch.stack(pair_signal(list(pair.first.values()), list(pair.second.values())))
+        signal, distance = self._backend.sums(parts)
         self._fold(list(pair.first), signal, pair.noise_share * distance)
 
     def _fold_ranks(self, names: list[str], norms: Tensor) -> None:
@@ -211,9 +218,9 @@ class LayerMonitor(Callback):
     def _measure_update(self, step: OptimizerStep) -> None:
         with self._pace.timed():
             names = [n for n in step.params if n in self._params]
-            before = [step.before[n] for n in names]
-            sizes = _norms(before)
-            moved = _norms([step.params[n].detach() - old for n, old in zip(names, before, strict=True)])
+            moved = step.moved()
+            sizes = self._backend.norms({n: step.before[n] for n in names})
+            moved = self._backend.norms({n: moved[n] for n in names})
             ratios = torch.where(moved == 0, moved, moved / sizes)
             self._values.update({f"weight_norm/{n}": size for n, size in zip(names, sizes, strict=True)})
             self._values.update({f"update_ratio/{n}": ratio for n, ratio in zip(names, ratios, strict=True)})
@@ -242,9 +249,3 @@ class LayerMonitor(Callback):
         self._samples = state_dict["samples"]
         self._pace.load_state_dict(state_dict["pace"])
         self._pairs.load_state_dict(state_dict["pairs"])
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Return the l2 norms, stacked, accumulated in float32 or wider: one kernel launch for many small layers."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)) if tensors else torch.zeros(0)

@@ -22,12 +22,16 @@ from evolute.callbacks.access import (
     named_parameters,
     recover,
     require,
-    underway,
+    shape_of,
+    stepping,
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
 from evolute.geometry import Norm, batched_dual_norms, noise_ema, noise_ratios
 from evolute.optim import parameter_norms
+
+WHOLE_AT_ONCE = 2**26
+"""Entries of layers that are made whole at once under a strategy that shards: 256 MB in float32."""
 
 
 class NoiseAdaptiveLR(Callback):
@@ -123,12 +127,13 @@ class NoiseAdaptiveLR(Callback):
             )
         self._backend = backend_for(trainer, "NoiseAdaptiveLR")
         require(self._backend, "NoiseAdaptiveLR", gradients="use another strategy", scaling="use another strategy")
-        self._pairs.refuse(trainer, "NoiseAdaptiveLR")
+        self._pairs.refuse(trainer, self._backend, "NoiseAdaptiveLR")
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         wanted = re.compile(self.layers)
-        held = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
+        groups = [group for optimizer in trainer.optimizers for group in self._backend.groups(optimizer)]
+        held = {id(p) for _, params in groups for p in params}
         named = named_parameters(pl_module)
         self._params = {n: p for n, p in named.items() if wanted.fullmatch(n) and id(p) in held}
         if not self._params:
@@ -141,25 +146,25 @@ class NoiseAdaptiveLR(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"NoiseAdaptiveLR(norms=...): {error}") from error
         norm_of = {name.replace("_orig_mod.", ""): norm for name, norm in norms.items()}
-        for optimizer in trainer.optimizers:  # an optimizer that has a norm for a group knows best
-            for group in optimizer.param_groups:
-                ids = {id(p) for p in group["params"]} if self.norms is None and "norm" in group else set()
-                norm_of.update({n: cast(Norm, group["norm"]) for n, p in self._params.items() if id(p) in ids})
+        for group, params in groups:  # an optimizer that has a norm for a group knows best
+            ids = {id(p) for p in params} if self.norms is None and "norm" in group else set()
+            norm_of.update({n: cast(Norm, group["norm"]) for n, p in self._params.items() if id(p) in ids})
         self._norm_of = {name: cast(Norm, norm_of[name]) for name in self._params}
         # Only layers with a sample: one that never gets a gradient is not the least noisy.
         self._noise = {name: value for name, value in self._noise.items() if name in self._params}
         self._trainer = trainer
+        self._pairs.open(self._backend, self._params)
         for action in self._actions:
             attach(trainer, action)
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with self._pace.timed():
-            self._pairs.after_backward(trainer, pl_module, self._backend, self._steps_seen)
+            self._pairs.after_backward(trainer, self._steps_seen)
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if underway(trainer):
+        if not stepping(trainer):
             return
         self._measured = False
         with self._pace.timed():
@@ -172,20 +177,24 @@ class NoiseAdaptiveLR(Callback):
     def _update(self, trainer: L.Trainer, differences: Mapping[str, Tensor]) -> bool:
         """Fold one noise sample into H and renew the ratios; say whether it was finite: else nothing changes."""
         names = list(differences)
-        norms: list[Norm] = [self._norm_of[n] for n in names]
-        duals = batched_dual_norms(list(differences.values()), norms, scaled=self.dual == "scaled")
-        sample = duals.double().square().cpu()
+        sample = torch.cat([self._dual_norms(some) for some in _chunks(differences, self._params)]).square().cpu()
         if not bool(sample.isfinite().all()):
             record(trainer, "noise", {"nonfinite": 1.0}, step=self._steps_seen)
             return False
         before = torch.tensor([self._noise.get(n, 0.0) for n in names], dtype=torch.float64)
         self._noise.update(zip(names, noise_ema(before, sample, self.decay, self.every_n_steps).tolist(), strict=True))
-        for norm in set(norms):
+        for norm in {self._norm_of[n] for n in names}:
             group = [n for n in self._noise if self._norm_of[n] == norm]
             noise = torch.tensor([self._noise[n] for n in group], dtype=torch.float64)
             self._ratios.update(zip(group, noise_ratios(noise, self.alpha, self.power).tolist(), strict=True))
         self._measured = True
         return True
+
+    def _dual_norms(self, differences: Mapping[str, Tensor]) -> Tensor:
+        """Return the dual norms of whole layers [layers], in float64."""
+        whole = self._backend.whole(self._params, differences)
+        norms: list[Norm] = [self._norm_of[n] for n in whole]
+        return batched_dual_norms(list(whole.values()), norms, scaled=self.dual == "scaled").double()
 
     def _scale(self, step: OptimizerStep) -> Mapping[str, float] | None:
         if self.dry_run:
@@ -228,3 +237,17 @@ class NoiseAdaptiveLR(Callback):
         self._noise = dict(state_dict["noise"])
         self._ratios = dict(state_dict["ratios"])
         self._pairs.load_state_dict(state_dict["pairs"])
+
+
+def _chunks(parts: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split layers into lots of bounded size: a strategy that shards makes each lot whole on every rank."""
+    lots: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, part in parts.items():
+        entries = shape_of(params[name]).numel()
+        if size and size + entries > WHOLE_AT_ONCE:
+            lots.append({})
+            size = 0
+        lots[-1][name] = part
+        size += entries
+    return lots

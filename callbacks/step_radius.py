@@ -21,8 +21,8 @@ from evolute.callbacks.access import (
     probing,
     refuse_manual_without_loss,
     require,
+    stepping,
     take_samples,
-    underway,
 )
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
@@ -102,8 +102,8 @@ class StepRadius(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        backend = backend_for(trainer, "StepRadius")
-        require(backend, "StepRadius", updates="use another strategy", forward="use another strategy")
+        self._backend = backend_for(trainer, "StepRadius")
+        require(self._backend, "StepRadius", updates="use another strategy", forward="use another strategy")
         refuse_manual_without_loss(pl_module, "StepRadius")
         if self.mode == "clip" and not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -137,7 +137,7 @@ class StepRadius(Callback):
         if self.estimator != "jvp":
             return
         assert self._batch is not None
-        with probing(self._trainer, self._module, *self._batch) as probe:
+        with probing(self._trainer, self._module, self._backend, *self._batch) as probe:
             point = {name: p.detach() for name, p in probe.params.items()}
             try:
                 directional_logits(probe.logits, point, {name: torch.zeros_like(p) for name, p in point.items()})
@@ -149,7 +149,7 @@ class StepRadius(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        if not underway(trainer):
+        if stepping(trainer):
             self._pace.open(trainer)
 
     def _before_update(self, step: OptimizerStep) -> bool:
@@ -164,7 +164,7 @@ class StepRadius(Callback):
     def _evaluate(self) -> Tensor:
         """Return the logits [n, K] of the measured batch at the weights as they are."""
         assert self._batch is not None
-        with probing(self._trainer, self._module, *self._batch) as probe, torch.no_grad():
+        with probing(self._trainer, self._module, self._backend, *self._batch) as probe, torch.no_grad():
             return probe.logits()
 
     def _after_update(self, step: OptimizerStep) -> None:
@@ -174,9 +174,7 @@ class StepRadius(Callback):
 
     def _measure(self, step: OptimizerStep) -> None:
         with self._pace.timed():
-            moved = [p.detach() - step.before[n] for n, p in step.params.items()]
-            wide = torch.promote_types(moved[0].dtype, torch.float32)
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(moved, 2, dtype=wide)))
+            norm = torch.linalg.vector_norm(self._backend.norms(step.moved()))
             spread = self._spread(step, norm)
             values = self._ratios(spread, norm)
             if self.mode == "clip":
@@ -189,13 +187,11 @@ class StepRadius(Callback):
         if self._logits is not None:
             return secant_spread(self._logits, self._evaluate())
         assert self._batch is not None
-        with probing(self._trainer, self._module, *self._batch) as probe:
-            origin = {name: value.to(probe.params[name].dtype) for name, value in step.before.items()}
-            point = {name: origin.get(name, p.detach()) for name, p in probe.params.items()}
-            direction = {
-                name: step.params[name].detach().to(p.dtype) - p if name in origin else torch.zeros_like(p)
-                for name, p in point.items()
-            }
+        with probing(self._trainer, self._module, self._backend, *self._batch) as probe:
+            origin = self._backend.whole(step.params, step.before)
+            moved = self._backend.whole(step.params, step.moved())
+            point = {n: origin[n].to(p.dtype) if n in origin else p.detach() for n, p in probe.params.items()}
+            direction = {n: moved[n].to(p) if n in moved else torch.zeros_like(p) for n, p in point.items()}
             return logit_spread(directional_logits(probe.logits, point, direction))
 
     def _ratios(self, spread: Tensor, norm: Tensor) -> dict[str, Tensor | float]:
@@ -221,15 +217,12 @@ class StepRadius(Callback):
             return scale
         if reached == float("inf"):
             return scale
-        whole = {name: p.detach().clone() for name, p in step.params.items()} if not self.dry_run else {}
         # Logits are curved: if the first cut leaves a little too much, the second one cuts with a margin.
         for aim in (1.0, 0.95):
             scale *= aim * self.target / reached
             if self.dry_run:
                 break
-            with torch.no_grad():
-                for name, p in step.params.items():
-                    p.copy_(torch.lerp(step.before[name], whole[name], scale))
+            step.shorten(scale)
             assert self._logits is not None
             reached = float(self._ratios(secant_spread(self._logits, self._evaluate()), torch.zeros(()))["ghost_ratio"])
             if not reached > self.target:

@@ -58,8 +58,8 @@ def parameter_norms(module: nn.Module, overrides: Mapping[str, str] | None = Non
         hits = [(x.pattern, norm) for x, norm in patterns if any(x.fullmatch(alias) for alias in aliases[id(p)])]
         matched.update(pattern for pattern, _ in hits)
         chosen = hits[0][1] if hits else _norm_of(name, p, id(p) in sign, id(p) in filters)
-        if chosen == "spectral" and p.ndim < 2:
-            raise ValueError(f"override asks for norm='spectral' on {name!r} of shape {tuple(p.shape)}: use 'rms'")
+        if chosen == "spectral" and len(_shape(p)) < 2:
+            raise ValueError(f"override asks for norm='spectral' on {name!r} of shape {tuple(_shape(p))}: use 'rms'")
         norms[name] = chosen  # pyright: ignore[reportArgumentType]
     for pattern, _ in patterns:
         if pattern.pattern not in matched:
@@ -93,13 +93,19 @@ def parameter_groups(module: nn.Module, overrides: Mapping[str, str] | None = No
 
 
 def _norm_of(name: str, p: Tensor, is_sign: bool, is_filter: bool) -> Norm:
-    if p.ndim < 2:
+    dimensions = len(_shape(p))
+    if dimensions < 2:
         return "rms"
-    if "lora_" in name and p.ndim == 2:
+    if "lora_" in name and dimensions == 2:
         return "spectral"
     if is_sign:
         return "sign"
-    return "spectral" if p.ndim == 2 or is_filter else "rms"
+    return "spectral" if dimensions == 2 or is_filter else "rms"
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """Return the shape of a parameter, also of one that DeepSpeed's stage 3 has left empty."""
+    return tuple(getattr(p, "ds_shape", p.shape))
 
 
 def _embeddings_and_heads(module: nn.Module) -> set[int]:

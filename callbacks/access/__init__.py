@@ -3,7 +3,16 @@
 Callbacks never read ``p.grad`` or ``optimizer.state`` themselves: what those hold depends on the strategy.
 """
 
-from evolute.callbacks.access.backend import Backend, Capabilities, backend_for, named_parameters, require
+from evolute.callbacks.access.backend import (
+    Backend,
+    Capabilities,
+    Parts,
+    backend_for,
+    base_optimizer,
+    named_parameters,
+    require,
+    shape_of,
+)
 from evolute.callbacks.access.pairs import GradientPair, GradientPairs
 from evolute.callbacks.access.probe import (
     Probe,
@@ -17,7 +26,7 @@ from evolute.callbacks.access.probe import (
     with_tensors,
 )
 from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, mean_over_ranks, over_ranks
-from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, underway
+from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
 from evolute.callbacks.access.untouched import untouched
 
 __all__ = [
@@ -29,11 +38,13 @@ __all__ = [
     "GradientPairs",
     "LocalSquares",
     "OptimizerStep",
+    "Parts",
     "Probe",
     "RecordLogits",
     "Stage",
     "attach",
     "backend_for",
+    "base_optimizer",
     "batch_size",
     "batch_tensors",
     "detach",
@@ -45,6 +56,8 @@ __all__ = [
     "refuse_manual_without_loss",
     "refuse_reentrant_checkpointing",
     "require",
+    "shape_of",
+    "stepping",
     "take_samples",
     "underway",
     "untouched",

@@ -1,15 +1,22 @@
 """What can be reached under each strategy: one protocol, one backend a strategy, capability flags."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from evolute.callbacks.access.split import SplitGroups
+
+Parts = dict[str, Tensor]
+"""What this rank holds of some tensors, by parameter name: all of each in one process and under DDP, a flat piece of
+each (empty, if another rank has it) where the strategy shards."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +24,13 @@ class Capabilities:
     """What a backend can give. Every refusal of a callback follows from one of these flags."""
 
     gradients: bool = True
-    """Whole, reduced, unscaled gradients before the step."""
+    """Reduced, unscaled gradients before the step."""
+    halves: bool = True
+    """The gradient that has accumulated half-way through a step."""
     local_gradients: bool = True
     """This rank's own gradient of a micro-batch, before any reduction."""
     updates: bool = True
-    """Parameters before and after the step, so that an update can be read and changed."""
+    """Weights before and after the step, so that an update can be read and changed."""
     scaling: bool = True
     """A learning rate of its own for each parameter, for one step."""
     optimizer_state: bool = True
@@ -29,24 +38,88 @@ class Capabilities:
     forward: bool = True
     """Forward passes of the live module outside the training step."""
     double_backward: bool = True
-    """Second derivatives through the live module."""
+    """Second derivatives through the live module; without it, probes differentiate a copy of the weights."""
+
+
+class Restorable(Protocol):
+    """A change for the time of one step."""
+
+    def restore(self) -> None:
+        """Undo it."""
+        ...
 
 
 class Backend(Protocol):
-    """Gradients and optimizer state by parameter name, under one family of strategies."""
+    """Gradients, weights, updates and optimizer state by parameter name, under one family of strategies.
+
+    All methods are collective where the strategy shards: call them on every rank, in the same order.
+    """
 
     capabilities: Capabilities
 
-    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> dict[str, Tensor]:
-        """Return the gradients that exist, by name, unscaled, as they are at the time.
+    def groups(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Return the parameter groups of an optimizer, each with the module's own parameters in it."""
+        ...
 
-        With ``optimizer``, in ``on_before_optimizer_step``, they are whole and reduced; without, inside backward, they
-        are what has accumulated so far, reduced or not.
+    def stepping(self) -> bool:
+        """Say, in ``on_before_optimizer_step``, whether the optimizer steps now or goes on accumulating."""
+        ...
+
+    def watch(
+        self, optimizer: Optimizer, enter: Callable[[], None], leave: Callable[[bool], None]
+    ) -> Restorable | None:
+        """Call ``enter`` before and ``leave`` after every update; None if torch's own step hooks do that.
+
+        ``leave`` is told whether the update took place (a loss scaler may skip it).
+        """
+        ...
+
+    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer) -> Parts:
+        """Return the gradients that exist, reduced and unscaled, in ``on_before_optimizer_step``."""
+        ...
+
+    def accumulated(self, params: Mapping[str, Tensor]) -> Parts:
+        """Return copies of what has accumulated so far, in ``on_after_backward``: the mean over ranks, unscaled."""
+        ...
+
+    def weights(self, params: Mapping[str, Tensor]) -> Parts:
+        """Return what the optimizer updates, not copied: the parameters, or this rank's pieces of float32 masters."""
+        ...
+
+    def publish(self, optimizer: Optimizer) -> None:
+        """Make the live module follow :meth:`weights` after they were written to."""
+        ...
+
+    def scale(self, optimizer: Optimizer, params: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Restorable:
+        """Multiply the learning rates of the next update by ``ratios``, until ``restore``."""
+        ...
+
+    def norms(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the l2 norms of the whole tensors, stacked [len(parts)], in float32 or wider."""
+        ...
+
+    def sums(self, value: Tensor) -> Tensor:
+        """Return sums over whole tensors from sums over what this rank holds."""
+        ...
+
+    def whole(self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return whole tensors, in the shapes of the parameters, from what the ranks hold of them."""
+        ...
+
+    def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
+        """Return what this rank holds of whole tensors: the inverse of :meth:`whole`."""
+        ...
+
+    def unsharded(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor] | None]:
+        """Open the module for a probe: whole weights to evaluate it at, by their full names, or None for its own.
+
+        Where weights are given the strategy's hooks on the module are off, and the weights are tensors apart from its
+        parameters.
         """
         ...
 
     def optimizer_state(self, optimizer: Optimizer, param: Tensor) -> Mapping[str, Any]:
-        """Return the optimizer's state of one parameter; empty before its first step."""
+        """Return the optimizer's state of one parameter, whole; empty before its first step."""
         ...
 
 
@@ -55,22 +128,95 @@ class PlainBackend:
 
     capabilities = Capabilities()
 
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self._scaler = scaler
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._strategy = trainer.strategy
+        self._ranks = trainer.world_size
+        self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
 
-    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> dict[str, Tensor]:
+    def groups(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Return the groups as they are."""
+        return [(group, group["params"]) for group in optimizer.param_groups]
+
+    def stepping(self) -> bool:
+        """Return True: Lightning accumulates without asking the optimizer to step."""
+        return True
+
+    def watch(self, optimizer: Optimizer, enter: Callable[[], None], leave: Callable[[bool], None]) -> None:
+        """Do nothing: torch calls hooks around the step."""
+
+    def gradients(self, params: Mapping[str, Tensor], optimizer: Optimizer) -> Parts:
         """Return ``p.grad`` by name, detached, not copied if it is not scaled: valid until the optimizer steps."""
-        found = {name: p.grad.detach() for name, p in params.items() if p.grad is not None}
         # Fused optimizers divide by the loss scale themselves, inside the step; for the others Lightning has done it.
-        scaled = optimizer is None or getattr(optimizer, "_step_supports_amp_scaling", False)
+        return self._gradients(params, scaled=getattr(optimizer, "_step_supports_amp_scaling", False))
+
+    def accumulated(self, params: Mapping[str, Tensor]) -> Parts:
+        """Return the mean over ranks: DDP reduces only at the last micro-batch, until then each rank has its own."""
+        so_far = self._gradients(params, scaled=True)
+        copies = {name: g.clone() for name, g in so_far.items()}
+        return copies if self._ranks == 1 else {n: self._mean(g) for n, g in copies.items()}
+
+    def _gradients(self, params: Mapping[str, Tensor], scaled: bool) -> Parts:
+        found = {name: p.grad.detach() for name, p in params.items() if p.grad is not None}
         if self._scaler is not None and scaled and found:
             divided = torch._foreach_div(list(found.values()), self._scaler.get_scale())
             found = dict(zip(found, divided, strict=True))
         return found
 
+    def _mean(self, value: Tensor) -> Tensor:
+        reduced = self._strategy.reduce(value, reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def weights(self, params: Mapping[str, Tensor]) -> Parts:
+        """Return the parameters, detached."""
+        return {name: p.detach() for name, p in params.items()}
+
+    def publish(self, optimizer: Optimizer) -> None:
+        """Do nothing: the weights are the module's own."""
+
+    def scale(self, optimizer: Optimizer, params: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Restorable:
+        """Split the parameter groups."""
+        return SplitGroups(optimizer, params, ratios)
+
+    def norms(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the norms: one kernel launch for many small layers."""
+        return norms_of(list(parts.values()))
+
+    def sums(self, value: Tensor) -> Tensor:
+        """Return the value: it is over whole tensors."""
+        return value
+
+    def whole(self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts: they are whole."""
+        return dict(parts)
+
+    def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
+        """Return the tensors, on their parameters' devices (a checkpoint brings them back on the CPU)."""
+        return {name: t.to(params[name].device) for name, t in whole.items() if name in params}
+
+    def unsharded(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Give None: the module's own weights can be differentiated."""
+        return nullcontext()
+
     def optimizer_state(self, optimizer: Optimizer, param: Tensor) -> Mapping[str, Any]:
         """Return the entry of ``optimizer.state``."""
         return optimizer.state.get(param, {})
+
+
+def norms_of(tensors: list[Tensor]) -> Tensor:
+    """Return the l2 norms, stacked, accumulated in float32 or wider."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=wide)) if tensors else torch.zeros(0)
+
+
+def base_optimizer(optimizer: Optimizer) -> Optimizer:
+    """Return the torch optimizer that a sharding wrapper steps, or the optimizer itself."""
+    return optimizer if isinstance(optimizer, Optimizer) else optimizer.optimizer
+
+
+def shape_of(p: Tensor) -> torch.Size:
+    """Return the shape of a whole parameter: under ZeRO stage 3 its own is that of nothing."""
+    return getattr(p, "ds_shape", p.shape)
 
 
 def backend_for(trainer: L.Trainer, who: str) -> Backend:
@@ -80,11 +226,16 @@ def backend_for(trainer: L.Trainer, who: str) -> Backend:
         MisconfigurationException: if no backend knows the strategy.
     """
     strategy = trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy):  # a subclass of DDPStrategy that shares little with it
+        from evolute.callbacks.access.zero import ZeroBackend
+
+        return ZeroBackend(trainer, who)
     if type(strategy) is SingleDeviceStrategy or isinstance(strategy, DDPStrategy):
-        return PlainBackend(getattr(trainer.precision_plugin, "scaler", None))
+        return PlainBackend(trainer)
     raise MisconfigurationException(
-        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process or under "
-        'DDP. Use Trainer(strategy="auto") on one device or strategy="ddp", or remove the callback'
+        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process, under DDP "
+        'and under DeepSpeed ZeRO. Use Trainer(strategy="auto") on one device, "ddp" or "deepspeed_stage_2", or remove '
+        "the callback"
     )
 
 

@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from evolute.callbacks.access.backend import Backend, named_parameters
-from evolute.callbacks.access.ranks import mean_over_ranks
+from evolute.callbacks.access.backend import Backend, require
 
 PairSource = Literal["consecutive", "split"]
 
@@ -20,7 +19,7 @@ class GradientPair:
     """Two gradients of the same loss from independent data.
 
     Attributes:
-        first, second: gradients by parameter name, each a mean over samples of its own.
+        first, second: what this rank holds of the gradients, by parameter name, each a mean over samples of its own.
         noise_share: factor that turns ``|first - second|^2`` into the squared noise of the step's own gradient.
         to_step: factor that turns ``first - second`` into a tensor with the covariance of the step's own gradient
             (consecutive gradients keep the paper's convention instead: factor 1, twice that covariance).
@@ -48,50 +47,59 @@ class GradientPairs:
     between the steps counts as noise. ``split``: the two halves of the micro-batches of one step, at the same weights,
     without drift; it needs ``accumulate_grad_batches >= 2`` and one copy of the gradient from half-way to the step.
 
-    Call :meth:`after_backward` in ``on_after_backward``, :meth:`pair` and then :meth:`keep` in
-    ``on_before_optimizer_step``.
+    Call :meth:`open` in ``on_fit_start``, :meth:`after_backward` in ``on_after_backward``, :meth:`pair` and then
+    :meth:`keep` in ``on_before_optimizer_step``. Under a strategy that shards, each rank holds its own pieces.
     """
 
     def __init__(self, source: PairSource, wanted: Callable[[int], bool]) -> None:
         self.source = source
         self._wanted = wanted
         self._held: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor] | None = None
         self._micro_batches = 0
+        self._backend: Backend | None = None
+        self._params: Mapping[str, Tensor] = {}
 
-    def refuse(self, trainer: L.Trainer, who: str) -> None:
+    def open(self, backend: Backend, params: Mapping[str, Tensor]) -> None:
+        """Start to collect the gradients of some parameters."""
+        self._backend, self._params = backend, params
+
+    def refuse(self, trainer: L.Trainer, backend: Backend, who: str) -> None:
         """Refuse what this source cannot work with.
 
         Raises:
-            MisconfigurationException: if halves are asked for and a step is one micro-batch.
+            MisconfigurationException: if halves are asked for, and a step is one micro-batch or the strategy hides
+                them.
         """
+        if self.source == "split":
+            require(backend, f'{who}(estimator="split")', halves='use estimator="consecutive"')
         if self.source == "split" and trainer.accumulate_grad_batches < 2:
             raise MisconfigurationException(
                 f'{who}(estimator="split") compares the halves of a step, and accumulate_grad_batches is '
                 f'{trainer.accumulate_grad_batches}: set it to 2 or more, or use estimator="consecutive"'
             )
 
-    def after_backward(self, trainer: L.Trainer, module: L.LightningModule, backend: Backend, step: int) -> None:
+    def after_backward(self, trainer: L.Trainer, step: int) -> None:
         """Note a micro-batch; half-way through a wanted step, keep a copy of the gradient so far."""
         if self.source != "split":
             return
         self._micro_batches += 1
         if self._micro_batches == trainer.accumulate_grad_batches // 2 and self._wanted(step):
-            # DDP reduces only at the last micro-batch; what has accumulated so far is each rank's own.
-            so_far = backend.gradients(named_parameters(module))
-            several = trainer.world_size > 1
-            self._held = {n: mean_over_ranks(g, trainer) if several else g.clone() for n, g in so_far.items()}
+            assert self._backend is not None
+            self._held = self._backend.accumulated(self._params)
 
     def pair(self, trainer: L.Trainer, gradients: Mapping[str, Tensor], step: int) -> GradientPair | None:
         """Return the pair of step ``step``, or None if it is not wanted or the other gradient is missing."""
         if self.source == "split":
             return self._halves(trainer, gradients, step)
+        if self._saved is not None and self._backend is not None:
+            self._held, self._saved = self._backend.part(self._params, self._saved), None
         earlier, self._held = self._held, {}
         if not self._wanted(step) or not earlier:
             return None
         both = [name for name in gradients if name in earlier]
-        # A checkpoint brings the earlier one back on the CPU.
-        first = {n: earlier[n].to(gradients[n].device) for n in both}
-        return GradientPair(first, {n: gradients[n] for n in both}, noise_share=0.5, to_step=1.0)
+        first, second = {n: earlier[n] for n in both}, {n: gradients[n] for n in both}
+        return GradientPair(first, second, noise_share=0.5, to_step=1.0)
 
     def keep(self, gradients: Mapping[str, Tensor], step: int) -> None:
         """Hold a copy of step ``step``'s gradients if the next step is wanted; call it after the pair has been used."""
@@ -113,9 +121,13 @@ class GradientPairs:
         return GradientPair(first, second, noise_share=share, to_step=share**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the gradient held between two steps: a resumed run measures what an uninterrupted one would."""
-        return {"held": self._held if self.source == "consecutive" else {}}
+        """Return the gradient held between two steps, whole: a resumed run measures what an uninterrupted one would."""
+        if self._saved is not None:  # not taken up yet
+            return {"held": self._saved}
+        if self.source != "consecutive" or self._backend is None:
+            return {"held": {}}
+        return {"held": self._backend.whole(self._params, self._held)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the gradient held when the checkpoint was made."""
-        self._held = dict(state["held"])
+        self._saved = dict(state["held"])

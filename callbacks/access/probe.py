@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import stateless
 from torch.overrides import TorchFunctionMode
 
-from evolute.callbacks.access.backend import named_parameters
+from evolute.callbacks.access.backend import Backend, named_parameters
 from evolute.callbacks.access.untouched import muted, untouched
 from evolute.callbacks.protocols import ProbeLoss
 
@@ -112,20 +112,28 @@ class Probe:
     random, and it runs uncompiled, in full precision (mixed precision is off; half-precision weights are widened).
 
     Attributes:
-        params: the parameters of the loss by name; float32 copies of half-precision ones.
+        params: the parameters of the loss by name; float32 copies of half-precision ones, and tensors of their own
+            where the strategy shards or hooks the module's.
     """
 
-    def __init__(self, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def __init__(
+        self, module: L.LightningModule, batch: Any, batch_idx: int, weights: Mapping[str, Tensor] | None
+    ) -> None:
         self._module = module
         self._batch = batch
         self._batch_idx = batch_idx
         live = named_parameters(module)
-        self._widened = any(p.dtype in (torch.bfloat16, torch.float16) for p in live.values())
-        if self._widened:
+        self.params: dict[str, Tensor] = dict(live)
+        self._others: dict[str, Tensor] = {}  # frozen weights that the strategy shards
+        widened = any(p.dtype in (torch.bfloat16, torch.float16) for p in live.values())
+        if widened:
             self._batch = apply_to_collection(batch, Tensor, _widen)
-            self.params: dict[str, Tensor] = {n: _widen(p.detach()).requires_grad_() for n, p in live.items()}
-        else:
-            self.params = dict(live)
+        self._swapped = widened or weights is not None
+        if self._swapped:
+            given = dict(module.named_parameters()) if weights is None else weights
+            known = {name.replace("_orig_mod.", ""): _widen(w.detach()) for name, w in given.items()}
+            self.params = {name: known[name].requires_grad_() for name in live}
+            self._others = {n: w for n, w in known.items() if n not in live} if weights is not None else {}
 
     def loss(self) -> Tensor:
         """Return the loss at ``params``, with a graph."""
@@ -161,10 +169,10 @@ class Probe:
 
     def _run(self, params: Mapping[str, Tensor] | None = None) -> Any:
         module = self._module
-        swap = params if params is not None else (self.params if self._widened else None)
+        swap = params if params is not None else (self.params if self._swapped else None)
         with ExitStack() as stack:
             if swap is not None:
-                full = {_compiled_name(module, name): p for name, p in swap.items()}
+                full = {_compiled_name(module, name): p for name, p in {**self._others, **swap}.items()}
                 stack.enter_context(stateless._reparametrize_module(module, full, tie_weights=True))
             if isinstance(module, ProbeLoss):
                 return module.loss_on(self._batch)
@@ -199,9 +207,12 @@ def _loss_of_step(module: L.LightningModule, batch: Any, batch_idx: int) -> Tens
 
 
 @contextmanager
-def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int = 0) -> Generator[Probe]:
+def probing(
+    trainer: L.Trainer, module: L.LightningModule, backend: Backend, batch: Any, batch_idx: int = 0
+) -> Generator[Probe]:
     """Open a :class:`Probe` on ``batch``; on leaving, module, generators and gradients are as they were."""
     with ExitStack() as stack:
+        weights = stack.enter_context(backend.unsharded(module))
         stack.enter_context(untouched(module))
         stack.enter_context(muted(module))
         if not isinstance(trainer.precision_plugin, MixedPrecision):
@@ -210,7 +221,7 @@ def probing(trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx
         if "torch._dynamo" in sys.modules:  # nothing can be compiled before it is imported, and importing it is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         module.eval()  # the flags come back with the other attributes
-        yield Probe(module, batch, batch_idx)
+        yield Probe(module, batch, batch_idx, weights)
 
 
 @contextmanager

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from evolute.callbacks.access.backend import named_parameters
+from evolute.callbacks.access.backend import Backend, Parts, Restorable, backend_for, named_parameters
 
 
 class Stage(IntEnum):
@@ -28,28 +30,45 @@ class OptimizerStep:
     """One step of one optimizer, as an action sees it.
 
     Attributes:
-        optimizer: the torch optimizer that steps.
+        optimizer: the optimizer that steps.
         index: its position in ``trainer.optimizers``.
-        params: the parameters it owns, by name.
-        before: copies of them as they were before the update; empty unless an action asked for them.
+        params: the module's parameters it owns, by name.
+        backend: gives what this rank holds of them.
+        before: copies of what this rank holds of them, made before the update; empty unless an action asked for it.
         ratios: factor of each parameter's learning rate in this step; a missing name means 1.
     """
 
     optimizer: Optimizer
     index: int
     params: dict[str, Tensor]
-    before: dict[str, Tensor] = field(default_factory=dict)
+    backend: Backend
+    before: Parts = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
+    _after: Parts = field(default_factory=dict)
 
     def learning_rates(self) -> dict[str, float]:
         """Return the learning rate that this step uses for each parameter."""
         name_of = {id(p): name for name, p in self.params.items()}
         return {
             name_of[id(p)]: float(group["lr"]) * self.ratios.get(name_of[id(p)], 1.0)
-            for group in self.optimizer.param_groups
-            for p in group["params"]
+            for group, params in self.backend.groups(self.optimizer)
+            for p in params
             if id(p) in name_of
         }
+
+    def moved(self) -> Parts:
+        """Return the update, after minus before, as far as this rank holds it."""
+        return {name: now - self.before[name] for name, now in self.backend.weights(self.params).items()}
+
+    def shorten(self, scale: float) -> None:
+        """Make the update ``scale`` times what the optimizer made it, however often this is called."""
+        weights = self.backend.weights(self.params)
+        if not self._after:
+            self._after = {name: w.clone() for name, w in weights.items()}
+        with torch.no_grad():
+            for name, w in weights.items():
+                w.copy_(torch.lerp(self.before[name], self._after[name], scale))
+        self.backend.publish(self.optimizer)
 
 
 @dataclass(eq=False)
@@ -72,18 +91,26 @@ class StepDoor:
 
     Torch calls a step pre-hook before the closure, that is before backward, so the pre-hook wraps the closure: what it
     adds runs once the gradients are whole and clipped, just before the update. Without a closure (a gradient scaler, a
-    manual step) the gradients are already there and it runs at once.
+    manual step) the gradients are already there and it runs at once. A backend whose optimizer calls no hooks watches
+    its steps itself.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
+        self._backend = backend_for(trainer, "a callback that acts on steps")
         self._actions: list[Action] = []
         self._handles: list[Any] = []
+        self._watched: list[Restorable] = []
         self._open: OptimizerStep | None = None
-        self._split: _SplitGroups | None = None
+        self._scaled: Restorable | None = None
         self._levels = 0  # steps of one optimizer inside each other: a subclass calls its parent's, hooks and all
         named = named_parameters(trainer.lightning_module)
         self._names = {id(p): name for name, p in named.items()}
         for index, optimizer in enumerate(trainer.optimizers):
+            enter = partial(self._enter, optimizer, index)
+            watched = self._backend.watch(optimizer, enter, self._leave)
+            if watched is not None:
+                self._watched.append(watched)
+                continue
             self._handles.append(optimizer.register_step_pre_hook(self._make_pre_hook(index)))
             self._handles.append(optimizer.register_step_post_hook(self._post_hook))
 
@@ -91,6 +118,10 @@ class StepDoor:
     def underway(self) -> bool:
         """Whether an update has begun and not ended: what the closure runs now, it runs again."""
         return self._open is not None
+
+    def stepping(self) -> bool:
+        """Say, before an optimizer step that Lightning announces, whether one is really about to begin."""
+        return self._open is None and self._backend.stepping()
 
     def attach(self, action: Action) -> None:
         """Let an action take part in every step from now on."""
@@ -104,14 +135,26 @@ class StepDoor:
             self.recover()
             for handle in self._handles:
                 handle.remove()
-            self._handles = []
+            for watched in self._watched:
+                watched.restore()
+            self._handles, self._watched = [], []
         return not self._actions
 
     def recover(self) -> None:
         """Put the parameter groups back if a step raised between the split and the post-hook."""
-        if self._split is not None:
-            self._split.restore()
-        self._split = self._open = None
+        if self._scaled is not None:
+            self._scaled.restore()
+        self._scaled = self._open = None
+
+    def _enter(self, optimizer: Optimizer, index: int) -> None:
+        self.recover()
+        self._before_update(OptimizerStep(optimizer, index, self._owned(optimizer), self._backend))
+
+    def _leave(self, updated: bool) -> None:
+        step = self._open
+        self.recover()
+        if updated and step is not None:
+            self._after_update(step)
 
     def _make_pre_hook(self, index: int) -> Callable[[Optimizer, Any, Any], tuple[Any, Any] | None]:
         def pre_hook(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -120,7 +163,7 @@ class StepDoor:
                 self._levels += 1
                 return None
             self.recover()
-            step = OptimizerStep(optimizer, index, self._owned(optimizer))
+            step = OptimizerStep(optimizer, index, self._owned(optimizer), self._backend)
             if closure is None:
                 self._before_update(step)
                 return None
@@ -143,8 +186,8 @@ class StepDoor:
         return pre_hook
 
     def _owned(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        groups = optimizer.param_groups
-        return {self._names[id(p)]: p for group in groups for p in group["params"] if id(p) in self._names}
+        groups = self._backend.groups(optimizer)
+        return {self._names[id(p)]: p for _, params in groups for p in params if id(p) in self._names}
 
     def _refuse_second_call(self, optimizer: Optimizer) -> None:
         if any(action.stage < Stage.OBSERVE for action in self._actions):
@@ -155,7 +198,7 @@ class StepDoor:
         self._open, self._levels = step, 1
         wants_before = [action.prepare(step) for action in self._actions if action.prepare is not None]
         if any(wants_before):
-            step.before = {name: p.detach().clone() for name, p in step.params.items()}
+            step.before = {name: w.clone() for name, w in self._backend.weights(step.params).items()}
         scaled = False
         for action in self._actions:
             if action.stage is Stage.SCALE:
@@ -164,62 +207,21 @@ class StepDoor:
                 for name, ratio in (ratios or {}).items():
                     step.ratios[name] = step.ratios.get(name, 1.0) * ratio
         if scaled:
-            self._split = _SplitGroups(step)
+            self._scaled = self._backend.scale(step.optimizer, step.params, step.ratios)
 
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._levels -= 1
         if self._levels > 0:
             return
         step = self._open
-        if self._split is not None:
-            self._split.restore()
-        self._split = self._open = None
-        if step is None:  # the closure was never called: nothing was measured, nothing to act on
-            return
+        self.recover()
+        if step is not None:  # else the closure was never called: nothing was measured, nothing to act on
+            self._after_update(step)
+
+    def _after_update(self, step: OptimizerStep) -> None:
         for action in self._actions:
             if action.stage is not Stage.SCALE:
                 action.act(step)
-
-
-class _SplitGroups:
-    """The optimizer's parameter groups, split into one group a scaled parameter until :meth:`restore`.
-
-    The list object and the original group objects stay the same ones, so schedulers and checkpoints never see it.
-    """
-
-    OWN_KEYS = ("params", "param_names", "lr")
-
-    def __init__(self, step: OptimizerStep) -> None:
-        self._list = step.optimizer.param_groups
-        self._originals = list(self._list)
-        self._pieces: list[list[dict[str, Any]]] = []
-        ratio_of = {id(p): step.ratios[name] for name, p in step.params.items() if name in step.ratios}
-        for group in self._originals:
-            rest = [i for i, p in enumerate(group["params"]) if id(p) not in ratio_of]
-            pieces = [_piece(group, [i], ratio_of[id(p)]) for i, p in enumerate(group["params"]) if id(p) in ratio_of]
-            if rest or not pieces:
-                pieces.append(_piece(group, rest, None))
-            for piece in pieces[1:]:  # a counter kept as a tensor must go up once a step, not once a piece
-                piece.update({k: v.clone() for k, v in piece.items() if isinstance(v, Tensor) and k != "lr"})
-            self._pieces.append(pieces)
-        self._list[:] = [piece for pieces in self._pieces for piece in pieces]
-
-    def restore(self) -> None:
-        """Put the original groups back, with what the optimizer itself wrote into a group (a counter, say)."""
-        self._list[:] = self._originals
-        for group, pieces in zip(self._originals, self._pieces, strict=True):
-            for key, value in pieces[0].items():
-                if key not in self.OWN_KEYS and (key not in group or group[key] is not value):
-                    group[key] = value
-
-
-def _piece(group: dict[str, Any], members: list[int], ratio: float | None) -> dict[str, Any]:
-    piece = {**group, "params": [group["params"][i] for i in members]}
-    if "param_names" in group:
-        piece["param_names"] = [group["param_names"][i] for i in members]
-    if ratio is not None:
-        piece["lr"] = group["lr"] * ratio
-    return piece
 
 
 def _calls_twice(optimizer: Optimizer) -> str:
@@ -256,6 +258,14 @@ def detach(trainer: L.Trainer, action: Action) -> None:
 def underway(trainer: L.Trainer) -> bool:
     """Say whether the update of a step has begun: a hook that fires then belongs to a repeated closure."""
     return trainer in _doors and _doors[trainer].underway
+
+
+def stepping(trainer: L.Trainer) -> bool:
+    """Say, in ``on_before_optimizer_step``, whether an update is about to begin.
+
+    It is not in a repeated closure, and not where the strategy accumulates gradients itself and is not done yet.
+    """
+    return trainer not in _doors or _doors[trainer].stepping()
 
 
 def recover(trainer: L.Trainer) -> None:

@@ -167,3 +167,27 @@ def muted(module: L.LightningModule) -> Generator[None]:
     finally:
         module.__dict__.pop("log", None)
         module.__dict__.pop("log_dict", None)
+
+
+@contextmanager
+def without_hooks_of(package: str, module: nn.Module) -> Generator[None]:
+    """Take a package's forward and backward hooks off a module and its children.
+
+    DeepSpeed's would gather, free and record parameters that a probe has replaced by its own.
+    """
+    tables = [
+        table
+        for m in module.modules()
+        for key in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        if (table := m.__dict__.get(key))
+    ]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        for key in [k for k, hook in table.items() if str(getattr(hook, "__module__", "")).startswith(package)]:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, all_hooks in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(all_hooks)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from evolute.callbacks import CurvatureMonitor, LayerMonitor, StepRadius
 from evolute.callbacks.access import RecordLogits, batch_size, batch_tensors, probing, take_samples, with_tensors
+from evolute.callbacks.access.backend import PlainBackend
 from tests.conftest import fit, trainer_of
 from tests.modules import Recorder, Snapshots, classification_data
 
@@ -139,7 +140,7 @@ def test_everything_comes_back_by_content_and_by_identity(raises):
     before = everything(module)
 
     def probe_it():
-        with probing(module.trainer, module, batch) as probe:
+        with probing(module.trainer, module, PlainBackend(module.trainer), batch) as probe:
             assert not module.training
             assert probe.loss().requires_grad
             module.zero_grad()
@@ -403,7 +404,7 @@ def test_half_precision_weights_are_widened_for_the_probe():
     trainer.fit(module, DataLoader(classification_data(), batch_size=8))
     assert module.net.weight.dtype is torch.bfloat16
     x, y = classification_data().tensors
-    with probing(trainer, module, (x[:4].bfloat16(), y[:4])) as probe:
+    with probing(trainer, module, PlainBackend(trainer), (x[:4].bfloat16(), y[:4])) as probe:
         loss = probe.loss()
         wide = F.linear(x[:4].bfloat16().float(), module.net.weight.float(), module.net.bias.float())
     assert loss.dtype is torch.float32
