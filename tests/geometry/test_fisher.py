@@ -12,6 +12,7 @@ from evolute.geometry import (
     GaussNewton,
     Hessian,
     HessianResidual,
+    SlidingFisher,
     hutchinson_trace,
     parameter_blocks,
     top_eigenpairs,
@@ -22,6 +23,10 @@ from tests.geometry.test_hessian import OnceCube, close
 
 def eye(size):
     return torch.eye(size, dtype=torch.float64)
+
+
+def directions(size, count=25):
+    return torch.randn(size, count, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
 
 
 def losses(problem):
@@ -44,9 +49,8 @@ def test_the_empirical_fisher_is_the_mean_of_outer_products_of_sample_gradients(
     rows = jacobian(losses(problem), problem.params)
     before = problem.flat().clone()
     with EmpiricalFisher(lambda: losses(problem), problem.params, engine) as E:
-        product = E @ eye(rows.shape[1])
-        assert close(product, rows.T @ rows / len(rows), tol)
-        assert close(product, product.T, tol)
+        v = directions(rows.shape[1])
+        assert close(E @ v, rows.T @ (rows @ v) / len(rows), tol)
         assert close(E.gradient, rows.mean(dim=0), 1e-12)
         assert E.loss.item() == pytest.approx(problem.loss().item(), rel=1e-12)
         assert (E.engine, E.dtype, E.shape) == (engine, torch.float64, (rows.shape[1],) * 2)
@@ -60,11 +64,12 @@ def test_a_sample_is_an_entry_of_the_losses():
     problem = transformer()
     rows = jacobian(losses(problem).view(2, 5).mean(dim=1), problem.params)
     with EmpiricalFisher(lambda: losses(problem).view(2, 5).mean(dim=1), problem.params) as E:
-        assert close(E @ eye(rows.shape[1]), rows.T @ rows / 2, 1e-10)
+        v = directions(rows.shape[1])
+        assert close(E @ v, rows.T @ (rows @ v) / 2, 1e-10)
     kept = torch.tensor([0, 3, 4])
     rows = jacobian(losses(problem)[kept], problem.params)
     with EmpiricalFisher(lambda: losses(problem)[kept], problem.params) as E:
-        assert close(E @ eye(rows.shape[1]), rows.T @ rows / 3, 1e-10)
+        assert close(E @ v, rows.T @ (rows @ v) / 3, 1e-10)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -77,7 +82,8 @@ def test_the_fisher_is_the_expectation_over_every_label(name, engine, tol):
         rows = jacobian(F.cross_entropy(z, torch.full((len(z),), label), reduction="none"), problem.params)
         expected = expected + rows.T @ (z.detach().softmax(1)[:, label, None] * rows) / len(z)
     with Fisher(problem.logits, problem.params, engine=engine) as A:
-        assert close(A @ eye(len(expected)), expected, tol)
+        v = directions(len(expected))
+        assert close(A @ v, expected @ v, tol)
         assert close(A.gradient, torch.zeros(len(expected)).double(), 1e-12)
         entropy = torch.distributions.Categorical(logits=z).entropy().mean().item()
         assert A.loss.item() == pytest.approx(entropy, rel=1e-12)
@@ -132,7 +138,8 @@ def test_sampled_labels_are_drawn_once_and_their_matrix_is_an_empirical_fisher(e
     rows = jacobian(values, problem.params)
     before = torch.random.get_rng_state()
     with Fisher(problem.logits, problem.params, samples=3, generator=generator, engine=engine) as A:
-        assert close(A @ eye(rows.shape[1]), rows.T @ rows / 30, tol)
+        v = directions(rows.shape[1])
+        assert close(A @ v, rows.T @ (rows @ v) / 30, tol)
         assert A.loss.item() == pytest.approx(values.mean().item(), rel=1e-12)
         with Fisher(problem.logits, problem.params, samples=3, generator=generator) as other:
             assert not close(other @ rows[0], A @ rows[0], 1e-2)  # the generator has moved on
@@ -162,7 +169,8 @@ def test_the_residual_is_the_hessian_without_the_gauss_newton_matrix(name, engin
         Hessian(problem.loss, problem.params) as H,
     ):
         dense = problem.dense_hessian() - problem.dense_gauss_newton()
-        assert close(R @ eye(len(before)), dense, tol)
+        v = directions(len(before))
+        assert close(R @ v, dense @ v, tol)
         assert close(R.gradient, H.gradient, 1e-12)
         assert R.loss.item() == pytest.approx(H.loss.item(), rel=1e-12)
         first, p = next(iter(problem.params.items()))
@@ -216,6 +224,16 @@ def test_fisher_blocks_are_sub_matrices_and_moves_are_noticed():
         for operator in (E, A):
             with pytest.raises(RuntimeError, match=r"moved.*4\.bias"):
                 operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+
+
+def test_the_window_of_all_sample_gradients_is_the_empirical_fisher():
+    problem = mlp()
+    rows = jacobian(losses(problem), problem.params)
+    window = SlidingFisher.from_rows(rows, damping=0.1)
+    v = torch.randn(rows.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with EmpiricalFisher(lambda: losses(problem), problem.params) as E:
+        assert close(window @ v, E @ v + 0.1 * v, 1e-10)
+        assert close(E @ window.solve(v) + 0.1 * window.solve(v), v, 1e-10)
 
 
 def test_parameters_in_low_precision_and_any_kernel_or_gradient_mode_work():
