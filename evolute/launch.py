@@ -28,6 +28,9 @@ EARLY = 60
 OTHER_KEYS = ("wandb", "tensorboard", "checkpoint_every", "seed_everything", "ckpt_path", "model", "data")
 """Arguments of ``fit`` without a dot, which are passed on."""
 
+SETTLED = ("trainer.devices", "trainer.num_nodes", "trainer.accumulate_grad_batches", "data.batch_size")
+"""Keys that follow from the request, without the ``init_args`` in them."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are exceptions."""
@@ -168,14 +171,20 @@ def check(options: argparse.Namespace, rest: list[str]) -> Job:
     recipe = Recipe(options.config, given)
     _complete(options, recipe)
     axes = [parse_axis(axis) for axis in options.array]
+    for key, _ in axes:
+        if key in SETTLED or key.replace(".init_args.", ".") in SETTLED:
+            raise ValueError(f"--array {key}: launch settles it; launch once a value, with --nodes or --global-batch")
+        if "." not in key and key not in OTHER_KEYS:
+            raise ValueError(f"--array {key}: not a key of fit{nearest(key, ['seeds', *OTHER_KEYS])}")
     points(axes)
     ranks = options.nodes * options.ntasks_per_node
+    unchecked = _check_cluster(options)
     arguments, batch = recipe.share(ranks, options.global_batch)
     notes = [
         f"{ranks} tasks on {options.nodes} nodes, "
         + (f"a GPU each, {options.gpus_per_node} a node" if options.gpus_per_node else "on processors"),
         *([batch] if batch else []),
-        *_check_cluster(options),
+        *unchecked,
     ]
     trainer = {
         "accelerator": "gpu" if options.gpus_per_node else "cpu",

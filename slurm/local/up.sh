@@ -25,8 +25,10 @@ PATH=$PATH:/usr/sbin:/sbin
 
 fail() {
     echo "up.sh: $*" >&2
+    [[ ! $begun ]] || "$(dirname "$0")/down.sh" >&2 || true # what was started goes again
     exit 1
 }
+begun=
 listening() {
     (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null
 }
@@ -39,8 +41,9 @@ done
 for taken in "$port" $((port + 1)); do
     ! listening "$taken" || fail "port $taken is taken: choose another SLURM_LOCAL_PORT"
 done
-trap '"$(dirname "$0")/down.sh" >&2 || true' ERR # what was started goes again when the rest does not start
+trap 'fail "line $LINENO failed"' ERR
 
+begun=1
 mkdir -p "$dir"/{state,spool,log,munge}
 chmod 755 "$dir" "$dir"/munge
 head -c 128 /dev/urandom >"$dir/munge/key"
@@ -91,13 +94,14 @@ else
     printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$dir/cgroup.conf"
 fi
 
-munged --socket="$dir/munge/socket" --key-file="$dir/munge/key" --pid-file="$dir/munged.pid" \
-    --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed"
-slurmctld
-slurmd
+# Forced: munged wants its socket open to every user of the machine, also where the folder is not.
+munged --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" --pid-file="$dir/munged.pid" \
+    --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" 2>"$dir/log/munged.err" || fail "$(cat "$dir/log/munged.err")"
+slurmctld || fail "slurmctld did not start"
+slurmd || fail "slurmd did not start"
 for ((tries = 0; tries < 100; tries++)); do
     [[ $(sinfo -h -p debug -o %T 2>/dev/null) != idle ]] || break
     sleep 0.1
 done
-((tries < 100)) || fail "the node did not come up: see $dir/log"
+((tries < 100)) || fail "the node did not come up: $(tail -n 3 "$dir/log/slurmd.log")"
 echo "export SLURM_CONF=$SLURM_CONF"
