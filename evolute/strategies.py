@@ -1,4 +1,4 @@
-"""Strategies that Lightning does not have: DeepSpeed on CPU processes, to try a ZeRO configuration on a laptop."""
+"""DeepSpeed with exact gradient accumulation: on GPUs, and on CPU processes to try a ZeRO configuration on a laptop."""
 
 import argparse
 from collections.abc import Generator
@@ -9,13 +9,55 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 
-class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's ``DeepSpeedStrategy`` on CPU processes over gloo, for development and tests.
+class ZeROStrategy(DeepSpeedStrategy):
+    """Lightning's ``DeepSpeedStrategy`` with the accumulated gradient of every other strategy.
+
+    Two things go wrong in Lightning's own with ``accumulate_grad_batches=n``. Both Lightning and DeepSpeed divide the
+    loss by n, so gradients are n times too small: hardly seen with Adam, but gradient clipping, weight decay in the
+    gradient and SGD feel it. And DeepSpeed counts micro-batches on its own, across the ends of epochs: it makes no step
+    from the last, incomplete accumulation of an epoch, and is out of time with Lightning's schedulers and logs ever
+    after. Here Lightning alone divides and decides when to step. It takes the arguments of
+    :class:`lightning.pytorch.strategies.DeepSpeedStrategy`.
+
+    Example::
+
+        Trainer(devices=8, strategy=ZeROStrategy(stage=2), accumulate_grad_batches=4)
+    """
+
+    strategy_name = "zero"
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        return False
+
+    @override
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_train(model)
+        self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Let the micro-batches inside be followed by more of the same step: that is when Lightning uses this."""
+        self.deepspeed_engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self.deepspeed_engine.set_gradient_accumulation_boundary(True)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(closure_loss, optimizer, *args, **{"scale_wrt_gas": False, **kwargs})
+
+
+class CPUDeepSpeedStrategy(ZeROStrategy):
+    """:class:`ZeROStrategy` on CPU processes over gloo, for development and tests.
 
     ZeRO shards optimizer state, gradients and parameters as on GPUs; only the speed is not that of GPUs. It takes the
     arguments of :class:`lightning.pytorch.strategies.DeepSpeedStrategy`. DeepSpeed's shared-memory communication is

@@ -12,6 +12,8 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from evolute.callbacks.access import shape_of
+
 
 def regression_data(n: int = 64) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
@@ -223,3 +225,33 @@ class Net(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.make(self)
+
+
+class Mixed(L.LightningModule):
+    """Tied, frozen and differently decayed parameters in one classifier: what a strategy may get wrong.
+
+    ``third.weight`` is ``second.weight``, ``first.bias`` is frozen, and vectors have a group of their own.
+    """
+
+    def __init__(self, optimizer: str = "adamw", lr: float = 0.02, **options: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 4)
+        self.third.weight = self.second.weight
+        self.first.bias.requires_grad_(False)
+        self.kind, self.lr, self.options = optimizer, lr, options
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        for layer in (self.first, self.second, self.third):
+            x = torch.tanh(layer(x))
+        return F.cross_entropy(self.head(x), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if len(shape_of(p)) > 1], "weight_decay": 0.1},
+            {"params": [p for p in trained if len(shape_of(p)) == 1], "weight_decay": 0.0, "lr": self.lr / 2},
+        ]
+        make = torch.optim.AdamW if self.kind == "adamw" else torch.optim.SGD
+        return make(groups, lr=self.lr, **self.options)
