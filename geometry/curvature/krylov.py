@@ -185,13 +185,13 @@ class KrylovSpace:
         if near is not None and len(near) <= 8:
             for i in near:
                 coefficient = basis[i] @ rest
-                rest.sub_(basis[i] * coefficient)
+                rest.addcmul_(basis[i], coefficient, value=-1)
                 total[i] += coefficient
         length = float(torch.linalg.vector_norm(rest))
         for _ in range(3):
             before = length
             coefficients = basis @ rest
-            rest.sub_(basis.T @ coefficients)
+            rest.addmv_(basis.T, coefficients, alpha=-1)
             total += coefficients
             length = float(torch.linalg.vector_norm(rest))
             if length > 0.5 * before or length == 0:

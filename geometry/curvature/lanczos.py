@@ -72,7 +72,7 @@ def top_eigenpairs(
         generator: for the random vectors; by default a private one with a fixed seed. The global generator is never
             used.
         basis: vectors of P entries held at most, in float32 or wider, the result's own apart; by default
-            ``2 k + 30``. More need fewer products.
+            ``2 k + 10``, at least 20. More need a few products less, and more time for orthogonalising.
 
     Raises:
         ValueError: if ``H`` is not square, ``k`` is not in [1, P], ``tol`` is not positive, ``which`` is
@@ -85,7 +85,7 @@ def top_eigenpairs(
     smallest = k + 4 + max(k, len(columns))
     if basis is not None and basis < smallest:
         raise ValueError(f"basis={basis}: k={k} and {len(columns)} start vectors need at least {smallest}")
-    capacity = min(max(2 * k + 30, smallest) if basis is None else basis, H.shape[0])
+    capacity = min(max(2 * k + 10, 20, smallest) if basis is None else basis, H.shape[0])
     limit = max(200, 20 * k) if max_products is None else max_products
     search = _Search(KrylovSpace(H, generator or torch.Generator().manual_seed(0), capacity), k, which, limit)
     # A basis vector rounded to a narrow dtype was not quite what was multiplied: only new products tell the residual.
