@@ -14,6 +14,19 @@ from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, S
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Where a callback refuses in the matrix of ``tests/callbacks/matrix.py``, and how.
+
+    Attributes:
+        where: values of the matrix's factors, ``{"accumulate": 1}``; the refusal holds where all of them meet.
+        message: a part of what it says.
+    """
+
+    where: Mapping[str, Any]
+    message: str
+
+
+@dataclass(frozen=True)
 class Setting:
     """One callback under test.
 
@@ -26,6 +39,8 @@ class Setting:
         neutral: those arguments.
         first: first measured step when every step is measured.
         bad: argument values it must refuse, each alone.
+        everywhere: arguments with which it measures the same whatever the number of processes.
+        refuses: where it may refuse instead.
     """
 
     make: Callable[..., Callback]
@@ -35,6 +50,8 @@ class Setting:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0
     bad: tuple[Mapping[str, Any], ...] = ()
+    everywhere: Mapping[str, Any] = field(default_factory=dict)
+    refuses: tuple[Refusal, ...] = ()
 
 
 def _curvature(**kwargs: Any) -> Callback:
@@ -59,6 +76,9 @@ def _noise(**kwargs: Any) -> Callback:
     return NoiseAdaptiveLR(**kwargs)
 
 
+# Each process takes its share from its own part of the batch; all of the parts are all of the batch.
+_ALL_SAMPLES: Mapping[str, Any] = {"samples": 1000}
+
 SETTINGS: dict[str, Setting] = {
     "CurvatureMonitor": Setting(
         _curvature,
@@ -73,6 +93,7 @@ SETTINGS: dict[str, Setting] = {
             {"budget": 0.0},
             {"budget": 1.5},
         ),
+        everywhere=_ALL_SAMPLES,
     ),
     "StepRadius": Setting(
         _radius,
@@ -86,9 +107,12 @@ SETTINGS: dict[str, Setting] = {
             {"samples": 0},
             {"mode": "clip", "estimator": "jvp"},
         ),
+        everywhere=_ALL_SAMPLES,
     ),
-    "CurvatureMonitor-moving": Setting(partial(_curvature, fixed_batch=False), "curvature", "curvature/eos_ratio"),
-    "StepRadius-jvp": Setting(partial(_radius, estimator="jvp"), "step", "step/ghost_ratio"),
+    "CurvatureMonitor-moving": Setting(
+        partial(_curvature, fixed_batch=False), "curvature", "curvature/eos_ratio", everywhere=_ALL_SAMPLES
+    ),
+    "StepRadius-jvp": Setting(partial(_radius, estimator="jvp"), "step", "step/ghost_ratio", everywhere=_ALL_SAMPLES),
     "StepRadius-clip": Setting(
         _clip, "step", "step/clip_scale", intervention=True, neutral={"target": 1e9}, bad=({"target": -1.0},)
     ),
@@ -97,6 +121,7 @@ SETTINGS: dict[str, Setting] = {
         "layer",
         "layer/grad_norm",
         bad=({"every_n_steps": -1}, {"noise": "none"}, {"memory": 0}, {"budget": 2.0}),
+        everywhere={"noise": "consecutive"},
     ),
     "NoiseAdaptiveLR": Setting(
         _noise,
@@ -115,6 +140,16 @@ SETTINGS: dict[str, Setting] = {
             {"estimator": "third"},
             {"dual": "both"},
         ),
+    ),
+}
+
+# Noise from the halves of a step, which only an accumulated step has.
+_HALVES = (Refusal({"accumulate": 1}, "accumulate_grad_batches"),)
+MATRIX: dict[str, Setting] = {
+    **SETTINGS,
+    "LayerMonitor-split": Setting(partial(_layers, noise="split"), "layer", "layer/grad_norm", refuses=_HALVES),
+    "NoiseAdaptiveLR-split": Setting(
+        partial(_noise, estimator="split"), "noise", "noise/time_ms", intervention=True, refuses=_HALVES
     ),
 }
 
