@@ -76,7 +76,7 @@ SwitchType=switch/none
 MpiDefault=none
 GresTypes=gpu
 ReturnToService=2
-SlurmdTimeout=30
+SlurmdTimeout=10
 JobRequeue=1
 KillWait=10
 # Jobs in 'urgent' put those in 'debug' back into the queue, and give them GraceTime to save first.
