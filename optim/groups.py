@@ -92,6 +92,20 @@ def parameter_groups(module: nn.Module, overrides: Mapping[str, str] | None = No
     return [group for group in groups if group["params"]]
 
 
+def refuse_shards(params: Iterable[Tensor], who: str) -> None:
+    """Refuse parameters of which a process holds a shard only (FSDP2): no step in a matrix norm can be read off one.
+
+    Raises:
+        ValueError: naming what to use instead.
+    """
+    for p in params:
+        if hasattr(p, "placements"):  # a DTensor; importing its class is slow
+            raise ValueError(
+                f"{who} steps whole matrices, and a parameter of shape {tuple(p.shape)} is sharded over processes: use "
+                'torch.optim.AdamW, or Trainer(strategy="ddp")'
+            )
+
+
 def _norm_of(name: str, p: Tensor, is_sign: bool, is_filter: bool) -> Norm:
     dimensions = len(_shape(p))
     if dimensions < 2:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from typing_extensions import override
 
-from evolute.optim.groups import parameter_groups
+from evolute.optim.groups import parameter_groups, refuse_shards
 
 Algorithm = Literal["muon", "adamw"]
 
@@ -42,7 +42,7 @@ class MuonAdamW(Optimizer):
 
     Raises:
         ValueError: if a hyper-parameter is out of range, a group has no known ``"algorithm"``, a Muon group holds a
-            parameter that is not 2D, or ``overrides`` come without a module.
+            parameter that is not 2D or is sharded (FSDP2), or ``overrides`` come without a module.
     """
 
     def __init__(
@@ -91,10 +91,12 @@ class MuonAdamW(Optimizer):
         for key, value in self._inner[algorithm].defaults.items():
             param_group.setdefault(key, value)
         super().add_param_group(param_group)
-        shapes = [tuple(p.shape) for p in param_group["params"] if p.ndim != 2]
-        if algorithm == "muon" and shapes:
+        try:
+            if algorithm == "muon":
+                _check_matrices(param_group["params"])
+        except ValueError:
             self.param_groups.pop()
-            raise ValueError(f"Muon steps matrices, got a parameter of shape {shapes[0]}: put it in an 'adamw' group")
+            raise
 
     @torch.no_grad()
     @override
@@ -116,6 +118,13 @@ class MuonAdamW(Optimizer):
     @override
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_inner": self._inner}
+
+
+def _check_matrices(params: list[Tensor]) -> None:
+    refuse_shards(params, "MuonAdamW")
+    shapes = [tuple(p.shape) for p in params if p.ndim != 2]
+    if shapes:
+        raise ValueError(f"Muon steps matrices, got a parameter of shape {shapes[0]}: put it in an 'adamw' group")
 
 
 def _algorithms(module: nn.Module, overrides: Mapping[str, str] | None) -> list[dict[str, Any]]:

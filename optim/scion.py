@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from evolute.geometry.norms.lmo import METHODS, NORMS, Method, batched_lmo, norm_scale
-from evolute.optim.groups import parameter_groups
+from evolute.optim.groups import parameter_groups, refuse_shards
 
 # Radius of each norm relative to lr, in the scaled norms: a hidden layer's output moves by at most lr (RMS to RMS), a
 # gain by lr, an entry of an embedding or head by SIGN_SCALE * lr / width.
@@ -49,8 +49,8 @@ class Scion(Optimizer):
     cast any other; the orthogonalisation runs in the precision that is fast on the device.
 
     Raises:
-        ValueError: if an option is out of range or unknown, a parameter is complex, a spectral parameter has fewer
-            than two dimensions, or ``overrides`` come without a module.
+        ValueError: if an option is out of range or unknown, a parameter is complex or sharded (FSDP2), a spectral
+            parameter has fewer than two dimensions, or ``overrides`` come without a module.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"scale={group['scale']}: must be positive")
     if group["norm"] not in NORMS:
         raise ValueError(f"norm={group['norm']!r}: must be one of {', '.join(NORMS)}")
+    refuse_shards(group["params"], "Scion")
     for p in group["params"]:
         if torch.is_complex(p):
             raise ValueError(f"Scion does not step complex parameters, got {p.dtype} of shape {tuple(p.shape)}")

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -194,7 +194,7 @@ class PlainBackend:
         """Return the tensors, on their parameters' devices (a checkpoint brings them back on the CPU)."""
         return {name: t.to(params[name].device) for name, t in whole.items() if name in params}
 
-    def unsharded(self, module: nn.Module) -> AbstractContextManager[None]:
+    def unsharded(self, module: nn.Module) -> AbstractContextManager[dict[str, Tensor] | None]:
         """Give None: the module's own weights can be differentiated."""
         return nullcontext()
 
@@ -230,12 +230,16 @@ def backend_for(trainer: L.Trainer, who: str) -> Backend:
         from evolute.callbacks.access.zero import ZeroBackend
 
         return ZeroBackend(trainer, who)
+    if isinstance(strategy, ModelParallelStrategy):
+        from evolute.callbacks.access.fsdp import FSDPBackend
+
+        return FSDPBackend(trainer, who)
     if type(strategy) is SingleDeviceStrategy or isinstance(strategy, DDPStrategy):
         return PlainBackend(trainer)
     raise MisconfigurationException(
-        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process, under DDP "
-        'and under DeepSpeed ZeRO. Use Trainer(strategy="auto") on one device, "ddp" or "deepspeed_stage_2", or remove '
-        "the callback"
+        f"{who} does not support {type(strategy).__name__}: it reads gradients and updates in one process, under "
+        "DDP, DeepSpeed ZeRO and FSDP2 (ModelParallelStrategy with fully_shard). Use "
+        'Trainer(strategy="auto") on one device, "ddp" or "deepspeed_stage_2", or remove the callback'
     )
 
 
