@@ -38,6 +38,7 @@ from evolute.geometry.norms.orthogonalize import newton_schulz, polar_express
 from evolute.geometry.steps import (
     NoiseScale,
     binary_ghost_radius,
+    binary_spread,
     directional_logits,
     ghost_radius,
     ghost_ratio,
@@ -45,6 +46,7 @@ from evolute.geometry.steps import (
     head_spread,
     logit_spread,
     pair_signal,
+    recomputed_spread,
     secant_spread,
     update_ratio,
 )
@@ -73,6 +75,7 @@ __all__ = [
     "batched_dual_norms",
     "batched_lmo",
     "binary_ghost_radius",
+    "binary_spread",
     "directional_logits",
     "dual_norm",
     "gd_threshold",
@@ -97,6 +100,7 @@ __all__ = [
     "parameter_blocks",
     "polar_express",
     "preconditioned",
+    "recomputed_spread",
     "secant_spread",
     "spectral_density",
     "top_eigenpairs",

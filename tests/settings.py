@@ -38,6 +38,7 @@ class Setting:
             run.
         neutral: those arguments.
         first: first measured step when every step is measured.
+        every_step: it measures every step, and takes no ``every_n_steps``.
         bad: argument values it must refuse, each alone.
         everywhere: arguments with which it measures the same whatever the number of processes.
         refuses: where it may refuse instead.
@@ -49,6 +50,7 @@ class Setting:
     intervention: bool = False
     neutral: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0
+    every_step: bool = False
     bad: tuple[Mapping[str, Any], ...] = ()
     everywhere: Mapping[str, Any] = field(default_factory=dict)
     refuses: tuple[Refusal, ...] = ()
@@ -106,6 +108,8 @@ SETTINGS: dict[str, Setting] = {
             {"estimator": "guess"},
             {"samples": 0},
             {"mode": "clip", "estimator": "jvp"},
+            {"mode": "set", "estimator": "jvp"},
+            {"head_from": 1},
         ),
         everywhere=_ALL_SAMPLES,
     ),
@@ -114,7 +118,21 @@ SETTINGS: dict[str, Setting] = {
     ),
     "StepRadius-jvp": Setting(partial(_radius, estimator="jvp"), "step", "step/ghost_ratio", everywhere=_ALL_SAMPLES),
     "StepRadius-clip": Setting(
-        _clip, "step", "step/clip_scale", intervention=True, neutral={"target": 1e9}, bad=({"target": -1.0},)
+        _clip,
+        "step",
+        "step/clip_scale",
+        intervention=True,
+        neutral={"target": 1e9},
+        every_step=True,
+        bad=({"target": -1.0},),
+    ),
+    "StepRadius-set": Setting(
+        partial(_clip, mode="set"),
+        "step",
+        "step/set_scale",
+        intervention=True,
+        neutral={"dry_run": True},
+        every_step=True,
     ),
     "LayerMonitor": Setting(
         _layers,

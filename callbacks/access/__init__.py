@@ -15,6 +15,7 @@ from evolute.callbacks.access.backend import (
 )
 from evolute.callbacks.access.pairs import GradientPair, GradientPairs
 from evolute.callbacks.access.probe import (
+    Head,
     Probe,
     RecordLogits,
     batch_size,
@@ -25,7 +26,8 @@ from evolute.callbacks.access.probe import (
     take_samples,
     with_tensors,
 )
-from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, mean_over_ranks, over_ranks
+from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, gather_values, mean_over_ranks, over_ranks
+from evolute.callbacks.access.shares import joined, shared_out
 from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
 from evolute.callbacks.access.untouched import untouched
 
@@ -36,6 +38,7 @@ __all__ = [
     "FlatOperator",
     "GradientPair",
     "GradientPairs",
+    "Head",
     "LocalSquares",
     "OptimizerStep",
     "Parts",
@@ -48,6 +51,8 @@ __all__ = [
     "batch_size",
     "batch_tensors",
     "detach",
+    "gather_values",
+    "joined",
     "mean_over_ranks",
     "named_parameters",
     "over_ranks",
@@ -57,6 +62,7 @@ __all__ = [
     "refuse_reentrant_checkpointing",
     "require",
     "shape_of",
+    "shared_out",
     "stepping",
     "take_samples",
     "underway",

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning as L
@@ -73,36 +74,86 @@ def with_tensors(batch: Any, tensors: Sequence[Tensor]) -> Any:
     return apply_to_collection(batch, Tensor, lambda leaf: next(given).to(leaf.device))
 
 
+@dataclass(frozen=True)
+class Head:
+    """The linear layer behind large logits, and what entered it: much smaller than what came out.
+
+    Attributes:
+        hidden: inputs [n, d] of the terms that count.
+        weight: [K, d].
+        bias: [K] or None.
+        weight_name, bias_name: under which they are trained; None for a frozen one.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    weight_name: str | None = None
+    bias_name: str | None = None
+
+
 class RecordLogits(TorchFunctionMode):
     """Record what goes into ``cross_entropy`` and ``binary_cross_entropy_with_logits`` while it is active.
+
+    Args:
+        head_from: logits of so many classes or more are left alone if the linear layer that made them is found.
 
     Attributes:
         rows: one tensor [n, K] a call: the logits of the terms that count (``ignore_index`` left out). A binary loss
             gives [n, 2] with a zero column: each logit is a two-class problem of its own.
+        heads: one :class:`Head` a call whose logits were left alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, head_from: int = sys.maxsize) -> None:
         super().__init__()
         self.rows: list[Tensor] = []
+        self.heads: list[Head] = []
+        self._head_from = head_from
+        self._linear: Head | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let the call through, after noting its logits."""
         kwargs = kwargs or {}
-        if func is F.cross_entropy:
-            self.rows.append(_cross_entropy_rows(*args, **kwargs))
+        if func is F.linear:
+            self._note_linear(*args, **kwargs)
+        elif func is F.cross_entropy:
+            counted = _counted(*args, **kwargs)
+            logits = _logit_rows(args[0] if args else kwargs["input"])
+            head = self._head_of(logits)
+            if head is None:
+                self.rows.append(logits if counted is None else logits[counted])
+            else:
+                hidden = head.hidden if counted is None else head.hidden[counted]
+                self.heads.append(Head(hidden.detach().clone(), head.weight, head.bias))
         elif func is F.binary_cross_entropy_with_logits:
             z = (args[0] if args else kwargs["input"]).reshape(-1, 1)
             self.rows.append(torch.cat([torch.zeros_like(z), z], dim=1))
         return func(*args, **kwargs)
 
+    def _note_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        if weight.ndim == 2 and weight.shape[0] >= self._head_from:
+            self._linear = Head(input.reshape(-1, input.shape[-1]), weight, bias)
 
-def _cross_entropy_rows(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    classes = 0 if input.ndim == 1 else 1
-    rows = input.movedim(classes, -1).reshape(-1, input.shape[classes])
-    if target.is_floating_point():  # class probabilities: every row counts
-        return rows
+    def _head_of(self, logits: Tensor) -> Head | None:
+        """Return the last large linear layer if its outputs are these logits: in number, and in the first row."""
+        head, self._linear = self._linear, None
+        if head is None or logits.shape != (head.hidden.shape[0], head.weight.shape[0]) or not len(logits):
+            return None
+        made = F.linear(head.hidden[:1], head.weight, head.bias).to(logits.dtype)
+        return head if torch.allclose(made, logits[:1], rtol=1e-2, atol=1e-2) else None
+
+
+def _logit_rows(logits: Tensor) -> Tensor:
+    classes = 0 if logits.ndim == 1 else 1
+    return logits.movedim(classes, -1).reshape(-1, logits.shape[classes])
+
+
+def _counted(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return which terms of a cross-entropy count, None for all."""
+    if target.is_floating_point():  # class probabilities
+        return None
     ignore = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
-    return rows[target.reshape(-1) != ignore]
+    return target.reshape(-1) != ignore
 
 
 class Probe:
@@ -135,10 +186,27 @@ class Probe:
             self.params = {name: known[name].requires_grad_() for name in live}
             self._others = {n: w for n, w in known.items() if n not in live} if weights is not None else {}
 
-    def loss(self) -> Tensor:
-        """Return the loss at ``params``, with a graph."""
-        result = self._run()
+    def loss(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss at ``params`` (default: this probe's own), with a graph."""
+        result = self._run(params)
         return result[0] if isinstance(result, tuple) else result
+
+    def head(self, head_from: int) -> Head | None:
+        """Return the linear layer behind the logits and its inputs, if there are ``head_from`` classes or more.
+
+        None if there are fewer, if no such layer made them, if its weight is computed from others, or if the loss has
+        several parts.
+        """
+        with RecordLogits(head_from) as recorder:
+            self._run()
+        if len(recorder.heads) != 1 or recorder.rows:
+            return None
+        head = recorder.heads[0]
+        name_of = {id(p): name for name, p in self.params.items()}
+        frozen = {id(p) for p in (*self._module.parameters(), *self._others.values())}
+        if any(t is not None and id(t) not in name_of and id(t) not in frozen for t in (head.weight, head.bias)):
+            return None
+        return replace(head, weight_name=name_of.get(id(head.weight)), bias_name=name_of.get(id(head.bias)))
 
     def logits(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the logits [n, K] that the loss is taken of, at ``params`` (default: this probe's own).
@@ -172,19 +240,18 @@ class Probe:
         swap = params if params is not None else (self.params if self._swapped else None)
         with ExitStack() as stack:
             if swap is not None:
-                full = {_compiled_name(module, name): p for name, p in {**self._others, **swap}.items()}
+                own = _own_names(module)
+                full = {own[name]: p for name, p in {**self._others, **swap}.items()}
                 stack.enter_context(stateless._reparametrize_module(module, full, tie_weights=True))
             if isinstance(module, ProbeLoss):
                 return module.loss_on(self._batch)
             return _loss_of_step(module, self._batch, self._batch_idx)
 
 
-def _compiled_name(module: torch.nn.Module, name: str) -> str:
-    """Return the module's own name of a parameter whose ``_orig_mod.`` was dropped."""
-    for full, _ in module.named_parameters():
-        if full == name or full.replace("_orig_mod.", "") == name:
-            return full
-    raise KeyError(name)
+def _own_names(module: torch.nn.Module) -> dict[str, str]:
+    """Return the module's own name of every parameter, by that name with and without its ``_orig_mod.``."""
+    names = [name for name, _ in module.named_parameters()]
+    return {**{name.replace("_orig_mod.", ""): name for name in names}, **{name: name for name in names}}
 
 
 def _widen(leaf: Tensor) -> Tensor:
@@ -236,8 +303,14 @@ def _full_precision_default(trainer: L.Trainer) -> Generator[None]:
         torch.set_default_dtype(before)
 
 
-def refuse_reentrant_checkpointing(loss: Tensor, module: L.LightningModule, who: str) -> None:
+def refuse_reentrant_checkpointing(loss: Tensor, module: L.LightningModule, who: str, instead: str = "") -> None:
     """Refuse a loss behind reentrant activation checkpointing: it can be differentiated only into ``.grad``.
+
+    Args:
+        loss: with its graph.
+        module: that computed it.
+        who: the callback's name, for the message.
+        instead: another way out, to end the message with.
 
     Raises:
         MisconfigurationException: saying what to change.
@@ -253,6 +326,7 @@ def refuse_reentrant_checkpointing(loss: Tensor, module: L.LightningModule, who:
             raise MisconfigurationException(
                 f"{who} needs second derivatives, and {type(module).__name__} uses reentrant activation checkpointing, "
                 "which has none: call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+                + (f", {instead}" if instead else "")
             )
         stack.extend(following for following, _ in node.next_functions)
 

@@ -73,6 +73,17 @@ def mean_over_ranks(value: Tensor, trainer: L.Trainer) -> Tensor:
     return reduced
 
 
+def gather_values(values: Tensor, trainer: L.Trainer) -> Tensor:
+    """Return the values [n] of all ranks, joined, none below 0; ranks may hold different numbers of them."""
+    if trainer.world_size == 1:
+        return values
+    counts = trainer.strategy.all_gather(torch.tensor(len(values), device=values.device))
+    padded = values.new_full((int(counts.max()),), -1.0)
+    padded[: len(values)] = values
+    gathered = trainer.strategy.all_gather(padded).reshape(-1)
+    return gathered[~(gathered < 0)]
+
+
 class LocalSquares:
     """Squared norms of each rank's own gradient, noted before DDP averages it, without a further backward.
 

@@ -60,7 +60,7 @@ class OptimizerStep:
         """Return the update, after minus before, as far as this rank holds it."""
         return {name: now - self.before[name] for name, now in self.backend.weights(self.params).items()}
 
-    def shorten(self, scale: float) -> None:
+    def rescale(self, scale: float) -> None:
         """Make the update ``scale`` times what the optimizer made it, however often this is called."""
         weights = self.backend.weights(self.params)
         if not self._after:

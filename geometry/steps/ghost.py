@@ -166,6 +166,64 @@ def head_spread(
     return _running_spread(change, weight_before.shape[0], chunk)
 
 
+def recomputed_spread(
+    hidden_before: Tensor,
+    weight_before: Tensor,
+    after: Tensor,
+    bias_before: Tensor | None = None,
+    chunk: int = 4096,
+) -> Tensor:
+    """Return the secant spread where the logits before the step were not kept, only what entered the head then.
+
+    One more product of the head, a few classes at a time, instead of a second tensor of logits. Like
+    :func:`secant_spread` it is a difference of two products: it resolves changes down to the rounding of the logits.
+
+    Args:
+        hidden_before: [..., d], what entered the head before the step.
+        weight_before: [K, d].
+        after: logits [..., K] after the step.
+        bias_before: [K] or None.
+        chunk: classes at a time.
+
+    Returns:
+        [...], in float32 or wider.
+
+    Raises:
+        ValueError: if the shapes do not fit or ``chunk < 1``.
+    """
+    if after.shape != (*hidden_before.shape[:-1], weight_before.shape[0]):
+        raise ValueError(
+            f"logits have shape {tuple(after.shape)}, a head of {tuple(weight_before.shape)} gives another for inputs "
+            f"of {tuple(hidden_before.shape)}"
+        )
+    wide = _wide(hidden_before, weight_before, after)
+    hidden = hidden_before.to(wide)
+
+    def change(part: slice) -> Tensor:
+        before = hidden @ weight_before[part].to(wide).T
+        if bias_before is not None:
+            before += bias_before[part].to(wide)
+        return after[..., part].to(wide) - before
+
+    return _running_spread(change, after.shape[-1], chunk)
+
+
+def binary_spread(before: Tensor, after: Tensor) -> Tensor:
+    """Return the spread that puts the exact radius of two classes at ratio 1, for secants [..., 2].
+
+    The exact radius is ``sqrt(delta^2 + pi^2) / |slope|`` (:func:`binary_ghost_radius`), so the ratio of a whole step
+    is ``|change of delta| / sqrt(delta^2 + pi^2)``; this is pi times that, to be used as any other spread.
+
+    Args:
+        before: logits [..., 2] before the step, or a zero and the logit of a sigmoid.
+        after: logits after it, same shape.
+    """
+    wide = _wide(before, after)
+    delta = before[..., 1].to(wide) - before[..., 0].to(wide)
+    change = after[..., 1].to(wide) - after[..., 0].to(wide) - delta
+    return math.pi * change.abs() / torch.sqrt(delta.square() + math.pi**2)
+
+
 def _running_spread(change: Callable[[slice], Tensor], classes: int, chunk: int) -> Tensor:
     if chunk < 1 or classes < 1:
         raise ValueError(f"chunk={chunk}, classes={classes}: both must be at least 1")

@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from evolute.callbacks import StepRadius
+from evolute.callbacks import StepRadius, step_radius
+from evolute.callbacks.access import RecordLogits
 from tests.conftest import fit
 from tests.modules import Classifier, Net, Recorder, Regression, Snapshots, classification_data
 
@@ -50,8 +51,8 @@ def spreads(kind, net, before, after, batch):
     x, y = batch
     z = [functional_call(net, {n.removeprefix("net."): w for n, w in ws.items()}, (x,)) for ws in (before, after)]
     change = z[1] - z[0]
-    if kind == "binary":
-        return change.abs().flatten()  # the other class's logit is zero and stays so
+    if kind == "binary":  # exact: |dz| over the distance of the zero, which is at pi + i z; in units of pi
+        return (math.pi * change.abs() / (z[0] ** 2 + math.pi**2).sqrt()).flatten()
     spread = change.amax(1) - change.amin(1)
     return spread[y >= 0] if kind == "ignored" else spread.flatten()
 
@@ -145,6 +146,71 @@ def test_a_limited_step_ends_within_the_target_on_the_line_to_the_whole_step(lr)
         assert torch.equal(snapshots.weights[1][name], torch.lerp(start, whole.weights[1][name], scales[0]))
 
 
+@pytest.mark.parametrize("lr", [1e-3, 2.0])
+def test_a_set_step_has_the_target_for_its_ratio_whatever_the_learning_rate(lr):
+    recorder, snapshots, module = trained(lr=lr, steps=4, mode="set", target=0.05)
+    net = module.net.eval()
+    for step in range(4):
+        spread = spreads("plain", net, *snapshots.weights[step : step + 2], snapshots.batches[step])
+        assert spread.max().item() / math.pi == pytest.approx(0.05, rel=0.02)  # logits are curved, two rounds
+    _, whole, _ = trained(lr=lr, steps=1, mode="none")
+    scale = recorder.rows[0]["step/set_scale"]
+    assert (scale > 1) == (lr < 1)
+    for name, start in snapshots.weights[0].items():
+        assert torch.equal(snapshots.weights[1][name], torch.lerp(start, whole.weights[1][name], scale))
+
+
+class Vocabulary(nn.Module):
+    """A small language model whose head is tied to its embedding, or has a bias of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 6)
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.head = nn.Linear(6, 50, bias=kind == "biased")
+        if kind == "tied":
+            self.head.weight = self.embedding.weight
+        if kind == "frozen":
+            self.head.weight.requires_grad_(False)
+        if kind == "computed":
+            nn.utils.parametrizations.weight_norm(self.head)
+
+    def forward(self, x):
+        return self.head(self.body(self.embedding(x))).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("kind", "found"), [("tied", 3), ("biased", 3), ("frozen", 3), ("computed", 0)])
+def test_many_classes_are_made_again_from_what_entered_the_head(kind, found, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(50, (2, 24, 5), generator=generator)
+    data = TensorDataset(x, torch.where(y % 4 == 0, -100, y))
+    heads, ratios = [], []
+    original = step_radius.recomputed_spread
+    monkeypatch.setattr(step_radius, "recomputed_spread", lambda *a: heads.append(a) or original(*a))
+    for head_from in (51, 50):
+        recorder = Recorder()
+        fit(
+            [StepRadius(every_n_steps=1, samples=1000, budget=None, head_from=head_from)],
+            lambda: Net(Vocabulary(kind), make=lambda module: torch.optim.AdamW(module.parameters(), lr=0.1)),
+            DataLoader(data, batch_size=8),
+            precision="64-true",
+            logger=recorder,
+            max_steps=3,
+        )
+        ratios.append([row[m] for row in recorder.rows.values() for m in ("step/ghost_ratio", "step/ghost_ratio_p99")])
+        assert len(heads) == (0 if head_from == 51 else found)
+    assert ratios[1] == pytest.approx(ratios[0], rel=1e-9)
+
+
+def test_logits_that_no_linear_layer_made_are_kept():
+    with RecordLogits(head_from=4) as recorder:
+        hidden = torch.randn(5, 3)
+        logits = F.linear(hidden, torch.randn(4, 3)) * 2.0
+        F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    assert not recorder.heads
+    assert torch.equal(recorder.rows[0], logits)
+
+
 def test_a_dry_run_records_the_scale_and_keeps_the_step():
     on, _, _ = trained(lr=20.0, steps=1, mode="clip", target=0.1)
     dry, kept, _ = trained(lr=20.0, steps=2, mode="clip", target=0.1, dry_run=True)
@@ -233,9 +299,9 @@ def test_loss_on_gives_the_logits():
     fit([StepRadius(every_n_steps=1, samples=4, budget=None), snapshots], WithLoss, logger=recorder)
     before, after = snapshots.weights[:2]
     x = snapshots.batches[0][0]
-    change = F.linear(x, *after.values()) - F.linear(x, *before.values())
-    spread = (change.amax(1) - change.amin(1)).max().item()
-    assert recorder.rows[0]["step/ghost_ratio"] == pytest.approx(spread / math.pi, rel=1e-4)
+    z = [F.linear(x, *weights.values()).diff(dim=1) for weights in (before, after)]  # two classes: the exact radius
+    ratio = ((z[1] - z[0]).abs() / (z[0] ** 2 + math.pi**2).sqrt()).max().item()
+    assert recorder.rows[0]["step/ghost_ratio"] == pytest.approx(ratio, rel=1e-4)
 
 
 class NoForwardMode(torch.autograd.Function):

@@ -9,11 +9,13 @@ from torch.func import functional_call
 
 from evolute.geometry import (
     binary_ghost_radius,
+    binary_spread,
     directional_logits,
     ghost_radius,
     ghost_ratio,
     head_spread,
     logit_spread,
+    recomputed_spread,
     secant_spread,
 )
 from tests.geometry.networks import transformer
@@ -120,6 +122,21 @@ def test_chunks_of_the_vocabulary_change_nothing(chunk):
     whole = logit_spread(h1 @ w1.T + b1 - h0 @ w0.T - b0)
     torch.testing.assert_close(head_spread(h0, w0, h1, w1, b0, b1, chunk), whole, rtol=1e-13, atol=0)
     torch.testing.assert_close(head_spread(h0, w0, h1, w1, chunk=chunk), logit_spread(h1 @ w1.T - h0 @ w0.T))
+    after = h1 @ w1.T + b1
+    torch.testing.assert_close(recomputed_spread(h0, w0, after, b0, chunk), whole, rtol=1e-12, atol=0)
+
+
+def test_binary_spread_is_pi_where_a_step_ends_on_the_exact_radius():
+    generator = torch.Generator().manual_seed(4)
+    before, slope = torch.randn(2, 20, 2, generator=generator, dtype=torch.float64)
+    delta, rate = before.diff(dim=1).flatten(), slope.diff(dim=1).flatten()
+    length = binary_ghost_radius(delta, rate)[:, None]
+    torch.testing.assert_close(binary_spread(before, before + length * slope), torch.full((20,), math.pi).double())
+
+
+def test_recomputed_spread_refuses_a_head_that_does_not_fit():
+    with pytest.raises(ValueError, match="gives another"):
+        recomputed_spread(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, 4))
 
 
 def test_head_spread_does_not_cancel_in_low_precision():
