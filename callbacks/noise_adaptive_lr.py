@@ -19,10 +19,12 @@ from evolute.callbacks.access import (
     attach,
     backend_for,
     detach,
+    joined,
     named_parameters,
     recover,
     require,
     shape_of,
+    shared_out,
     stepping,
 )
 from evolute.callbacks.pace import Pace
@@ -45,7 +47,8 @@ class NoiseAdaptiveLR(Callback):
     runs each at its own best rate.
 
     An intervention: with ``power=0`` it reproduces the base run bit for bit, with ``dry_run=True`` it measures and
-    records only. Memory: one copy of the gradient between two steps of which the second is measured.
+    records only. Memory: one copy of the gradient between two steps of which the second is measured. Several ranks
+    share the work on the layers.
 
     Example::
 
@@ -177,7 +180,7 @@ class NoiseAdaptiveLR(Callback):
     def _update(self, trainer: L.Trainer, differences: Mapping[str, Tensor]) -> bool:
         """Fold one noise sample into H and renew the ratios; say whether it was finite: else nothing changes."""
         names = list(differences)
-        sample = torch.cat([self._dual_norms(some) for some in _chunks(differences, self._params)]).square().cpu()
+        sample = self._dual_norms(differences).square().cpu()
         if not bool(sample.isfinite().all()):
             record(trainer, "noise", {"nonfinite": 1.0}, step=self._steps_seen)
             return False
@@ -191,10 +194,26 @@ class NoiseAdaptiveLR(Callback):
         return True
 
     def _dual_norms(self, differences: Mapping[str, Tensor]) -> Tensor:
-        """Return the dual norms of whole layers [layers], in float64."""
-        whole = self._backend.whole(self._params, differences)
-        norms: list[Norm] = [self._norm_of[n] for n in whole]
-        return batched_dual_norms(list(whole.values()), norms, scaled=self.dual == "scaled").double()
+        """Return the dual norms [layers], in float64 and the same bits on every rank: each rank finds its share."""
+        names, trainer = list(differences), self._trainer
+        owner = shared_out({n: self._price(n) for n in names}, trainer.world_size)
+        mine: dict[str, Tensor] = {}
+        for some in _chunks(differences, self._params):
+            for n, t in self._backend.whole(self._params, some).items():
+                if owner[n] == trainer.global_rank:
+                    mine[n] = t if t is some[n] else t.clone()  # what was made whole goes, but for this rank's share
+        values = torch.zeros(len(names), dtype=torch.float64, device=next(iter(differences.values())).device)
+        for some in _chunks(mine, self._params):
+            norms: list[Norm] = [self._norm_of[n] for n in some]
+            if norms:
+                found = batched_dual_norms(list(some.values()), norms, scaled=self.dual == "scaled")
+                values[[names.index(n) for n in some]] = found.to(values)
+        return joined(values, trainer)
+
+    def _price(self, name: str) -> float:
+        """Return what a dual norm costs, in proportion: products for a nuclear one, else a look at each entry."""
+        shape = shape_of(self._params[name])
+        return float(shape.numel() * (min(shape[0], shape[1:].numel()) if self._norm_of[name] == "spectral" else 1))
 
     def _scale(self, step: OptimizerStep) -> Mapping[str, float] | None:
         if self.dry_run:
