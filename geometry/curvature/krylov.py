@@ -8,6 +8,7 @@ from torch import Tensor
 from evolute.geometry.curvature.operator import SymmetricOperator
 
 Array = NDArray[np.float64]
+_FEW = 8  # vectors taken away one by one; for more, a pass over the whole basis is no slower
 
 
 class KrylovSpace:
@@ -119,7 +120,7 @@ class KrylovSpace:
         spread = np.zeros((self._count, weights.shape[1]))
         spread[self.done] = weights
         ritz = torch.from_numpy(spread.T.copy()).to(self._rows) @ self._rows[: self._count]
-        return (ritz / torch.linalg.vector_norm(ritz, dim=1, keepdim=True)).T
+        return ritz.div_(torch.linalg.vector_norm(ritz, dim=1, keepdim=True)).T
 
     def restart(self, values: Array, weights: Array) -> None:
         """Shrink the basis to the Ritz vectors of these pairs, and what waits (thick restart, Wu and Simon 2000)."""
@@ -181,17 +182,16 @@ class KrylovSpace:
         """
         basis = self._rows[: self._count]
         total = torch.zeros(self._count, dtype=self._wide, device=v.device)
-        rest = v.clone()
-        if near is not None and len(near) <= 8:
-            for i in near:
-                coefficient = basis[i] @ rest
-                rest.addcmul_(basis[i], coefficient, value=-1)
-                total[i] += coefficient
+        rest = v
+        for i in near if near is not None and len(near) <= _FEW else ():
+            coefficient = basis[i] @ rest
+            rest = torch.addcmul(rest, basis[i], coefficient, value=-1)
+            total[i] += coefficient
         length = float(torch.linalg.vector_norm(rest))
         for _ in range(3):
             before = length
             coefficients = basis @ rest
-            rest.addmv_(basis.T, coefficients, alpha=-1)
+            rest = torch.addmv(rest, basis.T, coefficients, alpha=-1)
             total += coefficients
             length = float(torch.linalg.vector_norm(rest))
             if length > 0.5 * before or length == 0:
@@ -200,6 +200,6 @@ class KrylovSpace:
 
     def _append(self, rest: Tensor, length: float) -> None:
         """Add ``rest``, of norm ``length`` and orthogonal to the basis, to the basis and to those that wait."""
-        self._rows[self._count] = rest / length
+        torch.div(rest, length, out=self._rows[self._count])
         self.waiting.append(self._count)
         self._count += 1
