@@ -28,7 +28,6 @@ from evolute.callbacks.access.probe import (
 )
 from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, gather_values, mean_over_ranks, over_ranks
 from evolute.callbacks.access.shares import joined, shared_out
-from evolute.callbacks.access.shares import joined, shared_out
 from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
 from evolute.callbacks.access.untouched import untouched
 
@@ -54,7 +53,6 @@ __all__ = [
     "detach",
     "gather_values",
     "joined",
-    "joined",
     "mean_over_ranks",
     "named_parameters",
     "over_ranks",
@@ -64,7 +62,6 @@ __all__ = [
     "refuse_reentrant_checkpointing",
     "require",
     "shape_of",
-    "shared_out",
     "shared_out",
     "stepping",
     "take_samples",
