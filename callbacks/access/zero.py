@@ -176,18 +176,29 @@ class ZeroBackend:
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Generator[dict[str, Tensor]]:
-        """Give the weights, out of reach of DeepSpeed's hooks: not copied in stages 1 and 2, gathered in stage 3."""
+        """Give the weights, out of reach of DeepSpeed's hooks: float32 masters where the module is rounded.
+
+        Otherwise its own ones, not copied in stages 1 and 2, gathered in stage 3.
+        """
         weights = self._whole_weights(module)
         with without_hooks_of("deepspeed", module), _plain_linear():
             yield weights
 
     def _whole_weights(self, module: nn.Module) -> dict[str, Tensor]:
+        named: dict[str, Any] = dict(module.named_parameters())
+        owned = {id(p) for _, members in self.groups(self._zero) for p in members}
+        # A half-precision module is a rounded picture of what trains, too coarse to see one step in.
+        rounded = {n: p for n, p in named.items() if id(p) in owned and p.dtype != torch.float32}
+        return {**self._live_weights(named, set(rounded)), **self.whole(rounded, self.weights(rounded))}
+
+    def _live_weights(self, named: Mapping[str, Any], without: set[str]) -> dict[str, Tensor]:
+        wanted = {name: p for name, p in named.items() if name not in without}
         if self.stage < 3:
-            return {name: p.detach() for name, p in module.named_parameters()}
+            return {name: p.detach() for name, p in wanted.items()}
         import deepspeed
 
         found: dict[str, Tensor] = {}
-        for name, p in module.named_parameters():
+        for name, p in wanted.items():
             with deepspeed.zero.GatheredParameters([p]):
                 found[name] = p.detach().clone()
         return found

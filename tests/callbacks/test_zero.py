@@ -1,4 +1,4 @@
-"""What the backend for DeepSpeed ZeRO gives, against a single process on the joined batches.
+"""What the backend for DeepSpeed ZeRO gives and does, against a single process on the joined batches.
 
 The file is also the script of two processes, which run every stage one after the other and save what they saw.
 """
@@ -6,47 +6,114 @@ The file is also the script of two processes, which run every stage one after th
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from evolute.callbacks.access import Action, OptimizerStep, Stage, attach, backend_for, detach, named_parameters
+from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, StepRadius
+from evolute.callbacks.access import (
+    Action,
+    OptimizerStep,
+    Stage,
+    attach,
+    backend_for,
+    base_optimizer,
+    detach,
+    named_parameters,
+    require,
+    underway,
+)
 from tests.conftest import fit
-from tests.modules import Mixed, classification_data
+from tests.modules import Mixed, Recorder, classification_data
 from tests.processes import run_pair
 
 STAGES = (1, 2, 3)
+EXACT = ("plain", "accumulated", "ragged", "adamw", "clipped", "scaled", "shortened", "persistent")
+ROUNDED = ("shortened-bf16", "overflow")
+RATIOS = {"first.weight": 0.5, "second.weight": 0.0, "head.weight": 0.75, "head.bias": 0.25}
 
 
 class Seen(Callback):
-    """The gradient that each optimizer step uses, whole, and the weights after it."""
+    """What a backend gives at each step, whole, and what the live module is at the end."""
 
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, Tensor]] = []
-        self.weights: list[dict[str, Tensor]] = []
-        self._action = Action(Stage.OBSERVE, self._after)
+    def __init__(self, act: str = "", accumulate: int = 1) -> None:
+        self.accumulate, self.micro_batches = accumulate, 0
+        self.seen: dict[str, list[Any]] = {
+            key: [] for key in ("gradients", "norms", "accumulated", "before", "weights", "moments", "rates")
+        }
+        self.live: dict[str, Tensor] = {}
+        self.parts_come_back = True
+        self._actions = [Action(Stage.OBSERVE, self._after, lambda step: True)]
+        if act == "scaled":
+            self._actions.append(Action(Stage.SCALE, lambda step: RATIOS))
+        if act == "shortened":
+            self._actions.append(Action(Stage.LIMIT, self._shorten))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._backend = backend_for(trainer, "Seen")
         self._params = named_parameters(pl_module)
-        attach(trainer, self._action)
+        for action in self._actions:
+            attach(trainer, action)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.micro_batches += 1
+        if self.micro_batches % self.accumulate:
+            self._note("accumulated", self._backend.accumulated(self._params))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        if self._backend.stepping():
-            found = self._backend.whole(self._params, self._backend.gradients(self._params, optimizer))
-            self.gradients.append({n: g.clone() for n, g in found.items()})
+        parts = self._backend.gradients(self._params, optimizer)
+        whole = self._note("gradients", parts)
+        self.seen["norms"].append(dict(zip(parts, self._backend.norms(parts), strict=True)))
+        back = self._backend.part(self._params, whole)
+        self.parts_come_back &= all(torch.equal(back[n], part) for n, part in parts.items())
+
+    def _shorten(self, step: OptimizerStep) -> None:
+        step.rescale(0.5)
+        step.rescale(0.3)
 
     def _after(self, step: OptimizerStep) -> None:
-        whole = self._backend.whole(self._params, self._backend.weights(self._params))
-        self.weights.append({n: w.clone() for n, w in whole.items()})
+        self._note("before", step.before)
+        self._note("weights", self._backend.weights(step.params))
+        states = {n: self._backend.optimizer_state(step.optimizer, p) for n, p in step.params.items()}
+        self.seen["moments"].append({n: s["exp_avg_sq"].clone() for n, s in states.items() if "exp_avg_sq" in s})
+        self.seen["rates"].append(step.learning_rates())
+
+    def _note(self, key: str, parts: Any) -> dict[str, Tensor]:
+        whole = {n: t.clone() for n, t in self._backend.whole(self._params, parts).items()}
+        self.seen[key].append(whole)
+        return whole
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.zero = trainer.optimizers[0]
+        if not isinstance(trainer.strategy, DeepSpeedStrategy):
+            self.live = {n: p.detach().clone() for n, p in self._params.items()}
+            return
+        import deepspeed
+
+        for name, p in pl_module.named_parameters():
+            with deepspeed.zero.GatheredParameters([p]):
+                self.live[name] = p.detach().clone()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        detach(trainer, self._action)
+        for action in self._actions:
+            detach(trainer, action)
+        self.closed = not underway(trainer)
+
+
+class Poisoned(Mixed):
+    """Its third loss is not a number."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 2 else loss
 
 
 def loader(world: int, micro_batch: int, samples: int = 96) -> DataLoader:
@@ -56,7 +123,7 @@ def loader(world: int, micro_batch: int, samples: int = 96) -> DataLoader:
     return DataLoader(data, batch_size=micro_batch // world, sampler=mine, drop_last=True)
 
 
-def strategy(stage: int, threshold: int = 0) -> dict[str, Any]:
+def strategy(stage: int, threshold: int) -> dict[str, Any]:
     """Trainer arguments for two processes under a ZeRO stage; none for one process (stage 0)."""
     from evolute.strategies import CPUDeepSpeedStrategy
 
@@ -69,20 +136,45 @@ def strategy(stage: int, threshold: int = 0) -> dict[str, Any]:
 
 def scenario(name: str, stage: int) -> dict[str, Any]:
     """Run one scenario under a ZeRO stage, or in a single process for stage 0."""
-    world = 2 if stage else 1
     options: dict[str, Any] = {"max_steps": 4}
+    optimizer, samples = ("sgd" if name in EXACT[:3] else "adamw"), 96
+    make = Poisoned if name == "overflow" else Mixed
     match name:
         case "accumulated":
             options["accumulate_grad_batches"] = 3
         case "ragged":  # 5 micro-batches an epoch: the last step of each epoch has but one
             options.update(accumulate_grad_batches=2, max_steps=8)
-    seen = Seen()
-    data = loader(world, 8, 40 if name == "ragged" else 96)
-    _, trainer = fit([seen], lambda: Mixed("sgd"), data, **options, **strategy(stage))
-    return {"gradients": seen.gradients, "weights": seen.weights, "steps": trainer.global_step}
-
-
-NAMES = ("plain", "accumulated", "ragged")
+            samples = 40
+        case "clipped":
+            options["gradient_clip_val"] = 0.05
+        case "shortened-bf16" | "overflow":
+            options.update(precision="bf16-mixed", max_steps=6)
+    seen = Seen(name.removesuffix("-bf16"), options.get("accumulate_grad_batches", 1) if name != "ragged" else 1)
+    recorder = Recorder()
+    monitors: list[Callback] = [
+        LayerMonitor(every_n_steps=1, budget=None),
+        StepRadius(every_n_steps=1, budget=None),
+        CurvatureMonitor(every_n_steps=1, budget=None),
+        NoiseAdaptiveLR(),
+    ]
+    callbacks = [*monitors, seen] if name == "overflow" else [seen]
+    data = loader(2 if stage else 1, 8, samples)
+    given = strategy(stage, 10**5 if name == "persistent" else 0)
+    _, trainer = fit(
+        callbacks, lambda: make(optimizer, eps=1e-4) if optimizer == "adamw" else make(optimizer), data,
+        logger=recorder, log_every_n_steps=1000, **options, **given,
+    )  # fmt: skip
+    base: Any = base_optimizer(seen.zero)
+    hooks = [*base._optimizer_step_pre_hooks, *base._optimizer_step_post_hooks]
+    return {
+        **seen.seen,
+        "live": seen.live,
+        "parts come back": seen.parts_come_back,
+        "closed": seen.closed and "step" not in vars(seen.zero) and not hooks,
+        "steps": trainer.global_step,
+        "rows": recorder.rows,
+        "states": [callback.state_dict() for callback in monitors[:1] + monitors[3:]] if name == "overflow" else [],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,28 +183,102 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return run_pair(__file__, tmp_path_factory.mktemp("zero"), 400)
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], rel: float = 1e-5) -> None:
+@pytest.fixture(scope="module")
+def single() -> dict[str, dict[str, Any]]:
+    """What one process saw."""
+    return {name: scenario(name, 0) for name in EXACT}
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= rel * value.norm().clamp(min=1e-6), name
+        wanted = torch.as_tensor(value)
+        assert (torch.as_tensor(found[name]) - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-6), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", NAMES)
-def test_accumulated_gradients_and_steps_are_those_of_one_process(ranks, name, stage):
-    single = scenario(name, 0)
+@pytest.mark.parametrize("name", EXACT)
+def test_every_step_is_that_of_one_process(ranks, single, name, stage):
+    expected = single[name]
+    assert len(expected["accumulated"]) == (8 if name == "accumulated" else 0)
+    assert all(expected["moments"]) == (name not in EXACT[:3])
     for rank in ranks:
         found = rank[name, stage]
-        assert found["steps"] == single["steps"]
-        for which in ("gradients", "weights"):
-            assert len(found[which]) == len(single[which]) == single["steps"]
-            for ours, theirs in zip(found[which], single[which], strict=True):
+        assert found["steps"] == expected["steps"] == len(expected["gradients"])
+        for key in ("gradients", "norms", "accumulated", "before", "weights", "moments", "rates"):
+            assert len(found[key]) == len(expected[key])
+            for ours, theirs in zip(found[key], expected[key], strict=True):
                 assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+def test_the_live_module_of_every_rank_is_the_masters(ranks, name, stage):
+    for rank in ranks:
+        live = rank[name, stage]["live"]
+        assert "first.bias" in live  # frozen, and so without a master
+        for key, master in rank[name, stage]["weights"][-1].items():
+            assert torch.equal(live[key], master.to(live[key].dtype)), key
+            assert torch.equal(live[key], ranks[0][name, stage]["live"][key])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_whose_rate_is_scaled_to_nothing_does_not_move(ranks, single, stage):
+    for seen in (single["scaled"], ranks[0]["scaled", stage]):
+        for before, after in zip(seen["before"], seen["weights"], strict=True):
+            assert torch.equal(before["second.weight"], after["second.weight"])
+            assert not torch.equal(before["third.bias"], after["third.bias"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+def test_whole_tensors_go_back_into_parts_and_nothing_is_left_on_the_optimizer(ranks, name, stage):
+    for rank in ranks:
+        assert rank[name, stage]["parts come back"] or name == "overflow"  # there a part is not a number
+        assert rank[name, stage]["closed"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_deepspeed_skips_moves_nothing_and_later_ones_go_on(ranks, stage):
+    for rank in ranks:
+        found = rank["overflow", stage]
+        assert not all(g.isfinite().all() for g in found["gradients"][2].values())
+        assert len(found["gradients"]) == 6
+        assert len(found["weights"]) == 5  # nobody acts after an update that did not take place
+        for key, before in found["before"][2].items():
+            assert torch.equal(before, found["weights"][1][key])
+        assert all(w.isfinite().all() for w in found["live"].values())
+        for state in found["states"]:
+            for values in (state.get("noise", {}), state.get("ratios", {}), state.get("variance", {})):
+                assert all(value == value for value in values.values())
+    rows = ranks[0]["overflow", stage]["rows"]
+    assert rows[2]["noise/nonfinite"] == 1.0
+    for metric in ("layer/update_ratio/head.weight", "step/ghost_ratio", "curvature/sharpness", "lr_ratio/head.weight"):
+        assert metric in rows[5]
+        assert metric not in rows[2]
+
+
+def zero_trainer(**zero: Any) -> Any:
+    """As much of a trainer as a backend looks at before the fit."""
+    stock = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    stock.config = zero
+    return SimpleNamespace(strategy=stock)
+
+
+def test_deepspeed_without_zero_is_refused():
+    with pytest.raises(MisconfigurationException, match="stage 0"):
+        backend_for(zero_trainer(zero_optimization={"stage": 0}), "Somebody")
+
+
+def test_gradients_before_their_reduction_are_refused():
+    backend = backend_for(zero_trainer(zero_optimization={"stage": 2}), "Somebody")
+    with pytest.raises(MisconfigurationException, match="local gradients"):
+        require(backend, "Somebody", local_gradients="use something else")
 
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    results = {(name, stage): scenario(name, stage) for stage in STAGES for name in NAMES}
+    results = {(name, stage): scenario(name, stage) for stage in STAGES for name in [*EXACT, *ROUNDED]}
     torch.save(results, Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
 
 
