@@ -146,14 +146,20 @@ class RunFolder(Callback):
 
 def wandb_logger(folder: Path) -> Logger:
     """Return a Weights & Biases logger, offline unless logged in, that goes on with the run the folder knows."""
-    from lightning.pytorch.loggers import WandbLogger
+    from evolute.wandb_logger import PatientWandbLogger
 
     id_file = folder / "wandb" / "run_id"
     run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     mode = os.environ.get("WANDB_MODE") or ("online" if wandb_logged_in() else "offline")
     _keep(id_file, run_id)
-    return WandbLogger(
-        name=folder.name, save_dir=folder, id=run_id, resume="allow", offline=mode == "offline", project="evolute"
+    return PatientWandbLogger(
+        id_file.with_name("unsent.jsonl"),
+        name=folder.name,
+        save_dir=folder,
+        id=run_id,
+        resume="allow",
+        offline=mode == "offline",
+        project="evolute",
     )
 
 

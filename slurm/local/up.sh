@@ -10,14 +10,12 @@
 #   SLURM_LOCAL_DIR    the folder, default /tmp/evolute-slurm; two clusters need two folders
 #   SLURM_LOCAL_PORT   port of slurmctld, default 16817; slurmd takes the next one
 #   SLURM_LOCAL_CPUS   processors the node claims to have, default 4: they are counted, not reserved
-#   SLURM_LOCAL_GPUS   GPUs it claims to have, default 0, to try requests out: no job sees a device
 #   SLURM_LOCAL_REQUEUE_DELAY   seconds that a requeued job waits at least, default 5 (SLURM's own is 120)
 set -euo pipefail
 
 dir=${SLURM_LOCAL_DIR:-/tmp/evolute-slurm}
 port=${SLURM_LOCAL_PORT:-16817}
 cpus=${SLURM_LOCAL_CPUS:-4}
-gpus=${SLURM_LOCAL_GPUS:-0}
 delay=${SLURM_LOCAL_REQUEUE_DELAY:-5}
 host=$(hostname -s)
 export SLURM_CONF=$dir/slurm.conf
@@ -74,7 +72,6 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SwitchType=switch/none
 MpiDefault=none
-GresTypes=gpu
 ReturnToService=2
 SlurmdTimeout=10
 JobRequeue=1
@@ -82,23 +79,18 @@ KillWait=10
 # Jobs in 'urgent' put those in 'debug' back into the queue, and give them GraceTime to save first.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus Boards=1 SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=2000 Gres=gpu:$gpus State=UNKNOWN
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus Boards=1 SocketsPerBoard=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=2000 State=UNKNOWN
 PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=60 State=UP PriorityTier=2 PreemptMode=OFF
 CONF
-echo "Name=gpu Count=$gpus" >"$dir/gres.conf"
-# Nothing is confined, but slurmd wants to know which cgroups there are.
-if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then
-    printf 'CgroupPlugin=cgroup/v2\nIgnoreSystemd=yes\n' >"$dir/cgroup.conf"
-else
-    printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$dir/cgroup.conf"
-fi
+# Nothing is confined, so the plugin for v1 serves where the machine has v2 as well; the one for v2 wants systemd.
+printf 'CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n' >"$dir/cgroup.conf"
 
 # Forced: munged wants its socket open to every user of the machine, also where the folder is not.
 munged --force --socket="$dir/munge/socket" --key-file="$dir/munge/key" --pid-file="$dir/munged.pid" \
     --log-file="$dir/log/munged.log" --seed-file="$dir/munge/seed" 2>"$dir/log/munged.err" || fail "$(cat "$dir/log/munged.err")"
-slurmctld || fail "slurmctld did not start"
-slurmd || fail "slurmd did not start"
+slurmctld || fail "slurmctld did not start: $(tail -n 3 "$dir/log/slurmctld.log")"
+slurmd || fail "slurmd did not start: $(tail -n 3 "$dir/log/slurmd.log")"
 for ((tries = 0; tries < 100; tries++)); do
     [[ $(sinfo -h -p debug -o %T 2>/dev/null) != idle ]] || break
     sleep 0.1
