@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW, Muon
 
 from evolute.callbacks.access import Backend, FlatOperator, OptimizerStep, base_optimizer
 from evolute.geometry import (
+    Norm,
     SymmetricOperator,
     adam_threshold,
     batched_lmo,
@@ -31,16 +32,19 @@ class Edge:
         sharpness: its value.
         threshold: the value above which the optimizer is unstable on the quadratic model.
         direction: [P], where it was found: a warm start for the next time.
+        settled: whether theory or simulation backs the threshold; else it is a yardstick only.
     """
 
     name: str
     sharpness: Tensor
     threshold: Tensor
     direction: Tensor
+    settled: bool = True
 
 
 Rates = Mapping[str, float]
 Group = Mapping[str, Any]
+Ball = tuple[Norm, float]
 
 
 def edge_of_stability(
@@ -59,8 +63,10 @@ def edge_of_stability(
     rate or decay, in the metric of the rates. Adam and AdamW: that of ``P^-1 H``. Weight decay that is added to the
     gradient counts as curvature. Optimizers whose groups carry a ``norm`` (steps of fixed size in it): the generalised
     sharpness, against ``2 ||g||_* / lr``, because such a step equals gradient descent in that norm with rate ``lr /
-    ||g||_*``; their momentum is neglected, for no threshold with it is known. Sources: papers cited in
-    ``evolute.geometry``.
+    ||g||_*``; their momentum is neglected, for no threshold with it is known. Muon, alone or beside AdamW in one
+    optimizer: the same, with the spectral ball of Muon's own step for its matrices and the cube ``|d_i| <= lr``, which
+    Adam's steps fill at most, for the rest; a yardstick without a claim (``settled`` is False), for it neglects the
+    momentum that both live by. Sources: papers cited in ``evolute.geometry``.
 
     Args:
         H: Hessian at the current weights.
@@ -88,9 +94,16 @@ def edge_of_stability(
             return None
         states = {name: backend.optimizer_state(step.optimizer, step.params[name]) for name in params}
         return _adam(H, params, groups, states, rates, lr, start, products)
+    # Radius of each layer's ball: the largest move the optimizer makes there, over its rate.
+    balls: dict[str, Ball] = {}
     if all("norm" in g for g in groups.values()):
-        return _fixed_size(H, params, groups, rates, lr, start, products)
-    return None
+        balls = {n: _scion_ball(p, groups[n]) for n, p in params.items()}
+    elif type(optimizer) is Muon or all(g.get("algorithm") in ("muon", "adamw") for g in groups.values()):
+        balls = {n: _muon_ball(p, groups[n]) for n, p in params.items()}
+    if not balls:
+        return None
+    settled = all("norm" in g for g in groups.values())
+    return _fixed_size(H, balls, {n: rates[n] / lr for n in params}, lr, start, products, settled)
 
 
 def _groups(params: Mapping[str, Tensor], step: OptimizerStep, backend: Backend) -> dict[str, Group]:
@@ -183,21 +196,30 @@ def _adam(
     return _in_metric(decayed, H.flatten(diagonal), adam_threshold(lr, float(beta1)), start, products)
 
 
+def _scion_ball(p: Tensor, group: Group) -> Ball:
+    return group["norm"], group.get("scale", 1.0) * norm_scale(_matrix_shape(p), group["norm"])
+
+
+def _muon_ball(p: Tensor, group: Group) -> Ball:
+    if group.get("algorithm", "muon") == "adamw":
+        return "sign", 1.0
+    rows, columns = _matrix_shape(p)
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        return "spectral", 0.2 * max(rows, columns) ** 0.5
+    return "spectral", max(1.0, rows / columns) ** 0.5
+
+
 def _fixed_size(
     H: FlatOperator,
-    params: Mapping[str, Tensor],
-    groups: Mapping[str, Group],
-    rates: Rates,
+    balls: Mapping[str, Ball],
+    shares: Mapping[str, float],
     lr: float,
     start: Tensor | None,
     products: int,
+    settled: bool,
 ) -> Edge:
-    norms = [g["norm"] for g in groups.values()]
-    # Radius of each layer's ball: the largest move the optimizer makes there, over lr.
-    radii = [
-        groups[n].get("scale", 1.0) * norm_scale(_matrix_shape(p), groups[n]["norm"]) * rates[n] / lr
-        for n, p in params.items()
-    ]
+    norms: list[Norm] = [norm for norm, _ in balls.values()]
+    radii = [radius * shares[name] for name, (_, radius) in balls.items()]
 
     def steepest(m: Tensor) -> Tensor:
         best = batched_lmo([part.float() for part in H.unflatten(m)], norms)
@@ -207,7 +229,7 @@ def _fixed_size(
     down = steepest(gradient)
     dual = torch.dot(gradient, down)  # what a step of unit rate gains to first order: the dual norm of the gradient
     found = generalized_sharpness(H, steepest, down if start is None else start, iterations=products)
-    return Edge("generalized_sharpness", found.value, 2.0 * dual / lr, found.direction)
+    return Edge("generalized_sharpness", found.value, 2.0 * dual / lr, found.direction, settled)
 
 
 def _matrix_shape(p: Tensor) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """The mathematics: pure functions and small operators on tensors. Imports torch, never lightning."""
 
 from evolute.geometry.curvature import (
+    CriticalStep,
     CurvatureOperator,
     Diagonal,
     Eigenpairs,
@@ -19,15 +20,18 @@ from evolute.geometry.curvature import (
     adam_diagonal,
     adam_preconditioner,
     adam_threshold,
+    critical_step,
     gd_threshold,
     generalized_sharpness,
     heavy_ball_threshold,
     hutch_plus_plus,
     hutchinson_diagonal,
     hutchinson_trace,
+    model_agreement,
     nesterov_threshold,
     parameter_blocks,
     preconditioned,
+    smoothness_ratio,
     spectral_density,
     top_eigenpairs,
     trace_samples,
@@ -52,6 +56,7 @@ from evolute.geometry.steps import (
 )
 
 __all__ = [
+    "CriticalStep",
     "CurvatureOperator",
     "Diagonal",
     "Eigenpairs",
@@ -76,6 +81,7 @@ __all__ = [
     "batched_lmo",
     "binary_ghost_radius",
     "binary_spread",
+    "critical_step",
     "directional_logits",
     "dual_norm",
     "gd_threshold",
@@ -90,6 +96,7 @@ __all__ = [
     "hutchinson_trace",
     "lmo",
     "logit_spread",
+    "model_agreement",
     "nesterov_threshold",
     "newton_schulz",
     "noise_ema",
@@ -102,6 +109,7 @@ __all__ = [
     "preconditioned",
     "recomputed_spread",
     "secant_spread",
+    "smoothness_ratio",
     "spectral_density",
     "top_eigenpairs",
     "trace_samples",

@@ -86,9 +86,9 @@ def snr(runs: Sequence[Run]) -> Figure:
     return layer_heatmap(runs, "layer/snr", "squared signal / squared noise", cmap="cividis")
 
 
-def layer_sharpness(runs: Sequence[Run]) -> Figure:
-    """Largest Hessian eigenvalue of each layer's diagonal block."""
-    return layer_heatmap(runs, "curvature/layer_sharpness", "sharpness (loss per squared weight)", cmap="inferno")
+def block_sharpness(runs: Sequence[Run]) -> Figure:
+    """Largest eigenvalue of each diagonal block of the Hessian."""
+    return layer_heatmap(runs, "curvature/block_sharpness", "sharpness (loss per squared weight)", cmap="inferno")
 
 
 def sharpness(runs: Sequence[Run]) -> Figure:

@@ -128,12 +128,12 @@ SECTIONS = (
         optional=True,
     ),
     Section(
-        "layer-sharpness",
-        "Sharpness by layer",
-        figures.layer_sharpness,
-        "Largest eigenvalue of each layer's own block of the Hessian. Good: no single row orders of magnitude above "
-        "all others; such a layer sets the learning rate for the whole model.",
-        ("curvature/layer_sharpness/*",),
+        "block-sharpness",
+        "Sharpness by block",
+        figures.block_sharpness,
+        "Largest eigenvalue of each block of the Hessian on its diagonal: layers, or what the run asked for. Good: no "
+        "single row orders of magnitude above all others; such a block sets the learning rate for the whole model.",
+        ("curvature/block_sharpness/*",),
         optional=True,
     ),
     Section(

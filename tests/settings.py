@@ -58,7 +58,7 @@ class Setting:
 
 def _curvature(**kwargs: Any) -> Callback:
     return CurvatureMonitor(
-        **{"every_n_steps": 3, "samples": 8, "budget": None, "layers": ".*weight", "trace_samples": 2, **kwargs}
+        **{"every_n_steps": 3, "samples": 8, "budget": None, "blocks": "(.*weight)", "trace_samples": 2, **kwargs}
     )
 
 
@@ -92,9 +92,26 @@ SETTINGS: dict[str, Setting] = {
             {"tol": 0.0},
             {"max_products": 1},
             {"trace_samples": -1},
+            {"eigenpairs": 0},
+            {"preset": "huge"},
+            {"quantities": []},
+            {"quantities": ["sharpness", "roundness"]},
+            {"batch_norm": "off"},
             {"budget": 0.0},
             {"budget": 1.5},
         ),
+        everywhere=_ALL_SAMPLES,
+    ),
+    "CurvatureMonitor-cheap": Setting(
+        partial(_curvature, preset="cheap", blocks=None, trace_samples=None),
+        "curvature",
+        "curvature/loss_change",
+        everywhere=_ALL_SAMPLES,
+    ),
+    "CurvatureMonitor-full": Setting(
+        partial(_curvature, preset="full", blocks="layer", eigenpairs=2, max_products=12, batch_norm="train"),
+        "curvature",
+        "curvature/model_agreement",
         everywhere=_ALL_SAMPLES,
     ),
     "StepRadius": Setting(

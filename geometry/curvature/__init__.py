@@ -17,6 +17,7 @@ from evolute.geometry.curvature.scaled import (
 )
 from evolute.geometry.curvature.sliding_fisher import SlidingFisher
 from evolute.geometry.curvature.spectrum import SpectralDensity, spectral_density
+from evolute.geometry.curvature.step_line import CriticalStep, critical_step, model_agreement, smoothness_ratio
 from evolute.geometry.curvature.thresholds import (
     adam_threshold,
     gd_threshold,
@@ -34,6 +35,7 @@ from evolute.geometry.curvature.trace import (
 )
 
 __all__ = [
+    "CriticalStep",
     "CurvatureOperator",
     "Diagonal",
     "Eigenpairs",
@@ -52,15 +54,18 @@ __all__ = [
     "adam_diagonal",
     "adam_preconditioner",
     "adam_threshold",
+    "critical_step",
     "gd_threshold",
     "generalized_sharpness",
     "heavy_ball_threshold",
     "hutch_plus_plus",
     "hutchinson_diagonal",
     "hutchinson_trace",
+    "model_agreement",
     "nesterov_threshold",
     "parameter_blocks",
     "preconditioned",
+    "smoothness_ratio",
     "spectral_density",
     "top_eigenpairs",
     "trace_samples",

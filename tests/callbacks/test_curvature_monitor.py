@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolute.callbacks import CurvatureMonitor
-from evolute.optim import Scion
+from evolute.geometry import nuclear_norm
+from evolute.optim import MuonAdamW, Scion
 from tests.conftest import fit
 from tests.modules import Net, Quadratic, Recorder, Snapshots
 
@@ -69,7 +70,7 @@ def sgd(module):
 
 @pytest.mark.parametrize("fixed", [True, False])
 def test_every_quantity_equals_the_dense_one_at_the_weights_after_the_step(fixed):
-    recorder, snapshots, module, _ = watched(sgd, fixed_batch=fixed, trace_samples=300, layers=".*weight")
+    recorder, snapshots, module, _ = watched(sgd, fixed_batch=fixed, trace_samples=300, blocks="(.*weight)")
     for step in (0, 3, 5):
         row, batch = recorder.rows[step], snapshots.batches[step]
         H, g = dense_hessian(module, snapshots.weights[step + 1], batch)
@@ -86,7 +87,7 @@ def test_every_quantity_equals_the_dense_one_at_the_weights_after_the_step(fixed
         for name, w in snapshots.weights[0].items():
             block = H[start : start + w.numel(), start : start + w.numel()]
             start += w.numel()
-            found = row.get(f"curvature/layer_sharpness/{name}")
+            found = row.get(f"curvature/block_sharpness/{name}")
             if name.endswith("weight"):
                 assert found == pytest.approx(torch.linalg.eigvalsh(block)[-1].item(), rel=1e-8)
             else:
@@ -356,3 +357,286 @@ def test_a_direction_that_overtakes_the_warm_one_is_found():
     fit([monitor], Turning, max_steps=8, logger=recorder)
     found = {step: row["curvature/sharpness"] for step, row in recorder.rows.items() if "curvature/sharpness" in row}
     assert found == pytest.approx({0: 5.0, 2: 5.0, 4: 8.0, 6: 8.0}, rel=1e-3)
+
+
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+def test_the_full_preset_equals_the_dense_quantities_and_hand_calculation():
+    recorder, snapshots, module, _ = watched(sgd, preset="full", eigenpairs=3, trace_samples=400)
+    for step in (0, 4):
+        row, batch = recorder.rows[step], snapshots.batches[step]
+        before, after = snapshots.weights[step : step + 2]
+        H, g = dense_hessian(module, after, batch)
+        p = flat(after) - flat(before)
+        values, vectors = torch.linalg.eigh(H)
+        assert [row[f"curvature/lambda/{k}"] for k in (1, 2, 3)] == pytest.approx(values.flip(0)[:3].tolist(), rel=1e-8)
+        assert row["curvature/lambda_min"] == pytest.approx(values[0].item(), rel=1e-8)
+        overlap = (vectors[:, -3:].T @ g).square().sum() / g.square().sum()
+        assert row["curvature/grad_overlap"] == pytest.approx(overlap.item(), rel=1e-6)
+        assert row["curvature/grad_rayleigh"] == pytest.approx((g @ H @ g / (g @ g)).item(), rel=1e-9)
+        assert row["curvature/frobenius"] == pytest.approx(H.norm().item(), rel=0.1)
+
+        old, new = (dense_loss(module, w, batch) for w in (before, after))
+        assert row["curvature/loss_change"] == pytest.approx(new - old, rel=1e-9)
+        assert row["curvature/model_agreement"] == pytest.approx((new - old) / (g @ p - p @ H @ p / 2).item(), rel=1e-6)
+        _, g_old = dense_hessian(module, before, batch)
+        ratio = ((g - g_old - H @ p).norm() / g.norm()).item()
+        assert row["curvature/gns_ratio"] == pytest.approx(ratio, rel=1e-6)
+        assert row["curvature/gns_radius"] == pytest.approx(p.norm().item() / ratio, rel=1e-6)
+
+        start = 0
+        for layer in ("net.0", "net.2"):
+            size = sum(w.numel() for n, w in after.items() if n.startswith(layer))
+            block = H[start : start + size, start : start + size]
+            start += size
+            assert row[f"curvature/block_sharpness/{layer}"] == pytest.approx(torch.linalg.eigvalsh(block)[-1].item())
+            assert row[f"curvature/block_trace/{layer}"] == pytest.approx(block.trace().item(), rel=0.2)
+
+
+def dense_loss(module, weights, batch):
+    params = {n.removeprefix("net."): w for n, w in weights.items()}
+    return module.loss(functional_call(module.net, params, (batch[0],)), batch[1]).item()
+
+
+@pytest.mark.parametrize("preset", ["cheap", "full"])
+def test_critical_sharpness_of_descent_on_a_quadratic_is_the_rayleigh_quotient_of_the_gradient(preset):
+    """The loss is back at its value after a step of 2 g^T g / g^T A g, whatever the rate that was used."""
+    dense = A.double()
+    start = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    g = dense @ start
+    exact = (g @ dense @ g / (g @ g)).item()
+    for lr in (0.03, 0.3, 0.9):
+        recorder = Recorder()
+        module = Quadratic(dense, lambda p, lr=lr: torch.optim.SGD(p, lr=lr), start=start)
+        monitor = CurvatureMonitor(every_n_steps=1, preset=preset, eigenpairs=1, budget=None)
+        fit([monitor], module, logger=recorder, max_steps=1, precision="64-true")
+        row = recorder.rows[0]
+        assert abs(row["curvature/critical_sharpness"] / exact - 1) <= row["curvature/critical_error"] * 1.001
+        assert row["curvature/critical_ratio"] == pytest.approx(row["curvature/critical_sharpness"] * lr / 2)
+        assert (row["curvature/critical_ratio"] > 1) == (row["curvature/loss_change"] > 0) == (lr > 2 / exact)
+        if preset == "full":
+            assert row["curvature/model_agreement"] == pytest.approx(1.0, rel=1e-10)
+            assert row["curvature/gns_ratio"] < 1e-10
+            assert row["curvature/block_sharpness/x"] == pytest.approx(4.0, rel=1e-3)
+
+
+class Counting(Net):
+    forwards = 0
+
+    def training_step(self, batch, batch_idx):
+        self.forwards += 1
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_cheap_preset_takes_under_ten_forward_passes_and_no_second_derivative():
+    class NoDerivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, g):
+            assert not torch.is_grad_enabled(), "a second derivative was asked for"
+            return g.clone()
+
+    class Fragile(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tanh_net()
+
+        def forward(self, x):
+            return NoDerivative.apply(self.net(x))
+
+    seen, counts = Recorder(), []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            counts.append(pl_module.forwards)
+
+    data = DataLoader(TensorDataset(*(t.float() if t.is_floating_point() else t for t in blob().tensors)), 24)
+    monitor = CurvatureMonitor(every_n_steps=1, preset="cheap", samples=24, budget=None)
+    fit([Count(), monitor], lambda: Counting(Fragile(), make=sgd), data, logger=seen, max_steps=8)
+    taken = [b - a - 1 for a, b in itertools.pairwise(counts)]  # one forward is the step's own
+    assert max(taken[1:]) < 10
+    assert sorted(taken[1:])[3] <= 8
+    assert all("curvature/critical_sharpness" in row for row in seen.rows.values())
+    assert not any("curvature/sharpness" in row for row in seen.rows.values())
+
+
+def test_the_critical_step_is_where_the_loss_of_a_network_crosses():
+    recorder, snapshots, module, _ = watched(sgd, preset="cheap")
+    for step in range(6):
+        row, batch = recorder.rows[step], snapshots.batches[step]
+        before, after = snapshots.weights[step : step + 2]
+
+        def at(s, before=before, after=after, batch=batch):
+            return dense_loss(module, {n: w + s * (after[n] - w) for n, w in before.items()}, batch)
+
+        step_c, error = 1 / row["curvature/critical_ratio"], row["curvature/critical_error"] * 1.001
+        assert at(step_c / (1 + error)) <= at(0.0) < at(step_c * (1 + error))
+        assert row["curvature/critical_sharpness"] == pytest.approx(2 / (0.3 * step_c))
+
+
+def test_reentrant_checkpointing_is_measured_by_forward_passes_where_products_are_refused():
+    data = DataLoader(TensorDataset(*(t.float() if t.is_floating_point() else t for t in blob().tensors)), 24)
+    with pytest.raises(MisconfigurationException, match='preset="cheap"'):
+        fit([CurvatureMonitor(budget=None)], Net(Checkpointed(True)), data)
+    recorder = Recorder()
+    monitor = CurvatureMonitor(every_n_steps=1, preset="cheap", samples=24, budget=None)
+    fit([monitor], Net(Checkpointed(True)), data, logger=recorder, max_steps=3)
+    assert all("curvature/critical_ratio" in row for row in recorder.rows.values())
+
+
+@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
+def test_muon_is_compared_in_the_balls_of_its_own_steps_and_without_a_claim(adjust):
+    class TwoLayers(L.LightningModule):
+        """``sum_i c_i x_i^2 / 2`` over a matrix and a vector: the maxima over both balls are known."""
+
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.diag(torch.tensor([1.0, 0.5, 0.25, 0.125])))
+            self.vector = nn.Parameter(torch.tensor([0.5, -1.0]))
+
+        def training_step(self, batch, batch_idx):
+            return 0.5 * (3.0 * self.matrix.square().sum() + 2.0 * self.vector.square().sum())
+
+        def configure_optimizers(self):
+            groups = [
+                {"params": [self.matrix], "algorithm": "muon", "lr": 0.02},
+                {"params": [self.vector], "algorithm": "adamw", "lr": 0.01},
+            ]
+            return MuonAdamW(groups, weight_decay=0.0, adjust_lr_fn=adjust)
+
+    recorder, snapshots = Recorder(), Snapshots()
+    monitor = CurvatureMonitor(every_n_steps=1, budget=None)
+    fit([monitor, snapshots], TwoLayers(), logger=recorder, max_steps=2)
+    row, weights = recorder.rows[1], snapshots.weights[2]
+    radius = 0.2 * 2.0 if adjust == "match_rms_adamw" else 1.0
+    # An orthogonal matrix has squared norm 4, a vertex of the cube of half the rate 2 * 0.25.
+    exact = 3.0 * radius**2 * 4 + 2.0 * 0.5
+    matrix, vector = 3.0 * weights["matrix"], 2.0 * weights["vector"]
+    # Newton-Schulz finds orthogonal factors, and with them nuclear norms, to a tenth or two.
+    dual = radius * nuclear_norm(matrix, "newton_schulz").item() + 0.5 * vector.abs().sum().item()
+    assert row["curvature/generalized_sharpness"] == pytest.approx(exact, rel=0.25)
+    ratio = row["curvature/generalized_sharpness"] / (2 * dual / 0.02)
+    assert row["curvature/generalized_ratio"] == pytest.approx(ratio, rel=1e-4)
+    assert not {"curvature/threshold", "curvature/eos_ratio"} & row.keys()
+    assert "curvature/generalized_ratio" in recorder.rows[0]
+
+
+def test_blocks_by_layer_by_class_and_by_pattern():
+    found = {}
+    for by in ("layer", "Linear", "Sequential", r"net\.(\d)\..*", r".*\.weight"):
+        recorder, _, _, _ = watched(sgd, steps=1, blocks=by)
+        head = "curvature/block_sharpness/"
+        found[by] = {n.removeprefix(head): v for n, v in recorder.rows[0].items() if n.startswith(head)}
+    assert (
+        found["layer"]
+        == found["Linear"]
+        == pytest.approx({f"net.{n}": v for n, v in found[r"net\.(\d)\..*"].items()}, rel=1e-9)
+    )
+    assert found["Sequential"] == pytest.approx({"net": recorder_sharpness(sgd)}, rel=1e-8)
+    assert found[r".*\.weight"].keys() == {r".*\.weight"}
+
+
+def recorder_sharpness(make):
+    return watched(make, steps=1)[0].rows[0]["curvature/sharpness"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"blocks": "nothing.*"}, "matches no trainable parameter"),
+        ({"blocks": "(net"}, "blocks='\\(net'"),
+        ({"eigenpairs": 40, "max_products": 50}, "has 39 parameters"),
+    ],
+)
+def test_what_the_module_cannot_give_is_refused_before_training(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        watched(sgd, **options)
+
+
+def test_as_many_eigenpairs_as_parameters():
+    recorder, snapshots, module, _ = watched(sgd, steps=1, eigenpairs=39, max_products=400)
+    H, _ = dense_hessian(module, snapshots.weights[1], snapshots.batches[0])
+    exact = torch.linalg.eigvalsh(H).flip(0)
+    found = torch.tensor([recorder.rows[0][f"curvature/lambda/{k}"] for k in range(1, 40)])
+    assert torch.allclose(found.double(), exact, atol=1e-10)
+
+
+def test_explicit_arguments_win_over_the_preset():
+    monitor = CurvatureMonitor(preset="full", eigenpairs=2, trace_samples=0, quantities=["trace", "critical"])
+    assert monitor.eigenpairs == 2
+    assert monitor.quantities == {"critical"}
+    assert CurvatureMonitor(preset="cheap", blocks="layer").quantities == {"critical", "blocks"}
+    assert CurvatureMonitor().quantities == {"sharpness", "edge", "directional", "trace"}
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_batch_norm_in_train_mode_measures_the_loss_that_is_trained_and_keeps_its_buffers():
+    class Undropped(Normed):
+        def __init__(self):
+            super().__init__()
+            self.layers[3] = nn.Identity()
+
+    rows = {}
+    for mode in ("eval", "train"):
+        recorder, snapshots, module, _ = watched(sgd, steps=3, net=Undropped, batch_norm=mode)
+        rows[mode] = recorder.rows[2]
+        assert int(module.net.layers[1].num_batches_tracked) == 3
+    # What the next step would be trained on: the same batch, the weights after the third step.
+    module.train()
+    weights = {n.removeprefix("net."): w for n, w in snapshots.weights[3].items()}
+    trained = module.loss(functional_call(module.net, weights, (snapshots.batches[2][0],)), snapshots.batches[2][1])
+    assert rows["train"]["curvature/loss"] == pytest.approx(trained.item(), rel=1e-12)
+    assert rows["eval"]["curvature/loss"] != pytest.approx(trained.item(), rel=1e-3)
+
+
+def test_batch_norm_over_a_single_sample_is_refused():
+    with pytest.raises(MisconfigurationException, match="pass samples"):
+        watched(sgd, net=Normed, batch_norm="train", samples=1)
+
+
+def test_random_losses_are_frozen_and_it_is_said(monkeypatch):
+    class Noisy(Net):
+        def training_step(self, batch, batch_idx):
+            return self.loss(self.net(batch[0] + 0.3 * torch.randn_like(batch[0])), batch[1])
+
+    said = []
+    monkeypatch.setattr("evolute.callbacks.probe_batch.rank_zero_info", said.append)
+    recorder = Recorder()
+    # Differences of losses along a step of length zero: only fresh noise could make them differ.
+    monitor = CurvatureMonitor(every_n_steps=1, preset="full", eigenpairs=1, samples=24, budget=None)
+    module = Noisy(Normed(), make=lambda m: torch.optim.SGD(m.parameters(), lr=1e-12))
+    fit([monitor], module, DataLoader(blob(), 24), logger=recorder, max_steps=2, precision="64-true")
+    assert abs(recorder.rows[1]["curvature/loss_change"]) < 1e-9
+    assert recorder.rows[1]["curvature/gns_ratio"] < 1e-9
+    assert len(said) == 1
+    for part in ("without dropout", "running statistics", "one draw of the random numbers"):
+        assert part in said[0]
+
+
+def test_products_that_are_not_finite_are_reported_and_training_goes_on():
+    class Breaking(Net):
+        """Its second derivative is infinite wherever a weight is zero: |w|^1.5."""
+
+        def training_step(self, batch, batch_idx):
+            first = next(iter(self.net.parameters()))
+            return super().training_step(batch, batch_idx) + (first * 0.0).abs().sqrt().sum().nan_to_num() * 0.0
+
+    recorder = Recorder()
+    module = Breaking(tanh_net(), make=sgd)
+    monitor = CurvatureMonitor(every_n_steps=1, preset="full", eigenpairs=1, budget=None)
+    fit([monitor], module, DataLoader(blob(), 24), logger=recorder, max_steps=2, precision="64-true")
+    assert all(row["curvature/nonfinite"] == 1.0 for row in recorder.rows.values())
+    assert monitor.state_dict()["warm"] == {}

@@ -105,7 +105,7 @@ def scenario(name: str, world: int) -> dict[str, Any]:
             callbacks = [LayerMonitor(every_n_steps=1, budget=None, noise="split", memory=1)]
             options["accumulate_grad_batches"] = 2
         case "curvature":
-            callbacks = [CurvatureMonitor(**CURVATURE, layers="net.0.weight")]
+            callbacks = [CurvatureMonitor(**CURVATURE, blocks="(net.0.weight)")]
         case "poisoned":
             callbacks, data = [CurvatureMonitor(**CURVATURE)], poisoned()
             options["max_steps"] = 2
@@ -218,7 +218,7 @@ def test_noise_ratios_are_those_of_one_process_on_every_rank(ranks, name):
     ("name", "metrics", "rel"),
     [
         ("curvature", ["loss", "sharpness", "trace", "directional", "step_quadratic"], 1e-7),
-        ("curvature", ["threshold", "eos_ratio", "layer_sharpness/net.0.weight"], 1e-6),
+        ("curvature", ["threshold", "eos_ratio", "block_sharpness/net.0.weight"], 1e-6),
         ("radius", ["norm", "ghost_ratio", "ghost_radius"], 1e-8),
         ("clip", ["ghost_ratio", "clip_scale"], 1e-8),
         ("layers-split", ["grad_norm", "noise_scale", "snr/net.0.weight", "update_ratio/net.2.bias"], 1e-7),

@@ -36,7 +36,7 @@ def mesh(axes):
 
 def test_a_full_run_draws_every_section_it_recorded(runs):
     drawn = {key for key, _ in draw_figures(runs[:1])}
-    assert drawn == {section.key for section in SECTIONS} - {"layer-sharpness", "directional"}
+    assert drawn == {section.key for section in SECTIONS} - {"block-sharpness", "directional"}
 
 
 def test_loss_shows_raw_smoothed_validation_and_floor(runs):

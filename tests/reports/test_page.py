@@ -60,7 +60,7 @@ def text(folder):
 
 def test_every_recorded_figure_is_on_the_page(text):
     page = Page(text)
-    assert page.tags.count("svg") == len(SECTIONS) - 2  # layer sharpness and directional curvature were not recorded
+    assert page.tags.count("svg") == len(SECTIONS) - 2  # block sharpness and directional curvature were not recorded
     assert page.tags.count("figure") == page.tags.count("figcaption") == page.tags.count("svg")
     labels = {value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")}
     assert {"Loss", "Learning rate used by each layer", "Sharpness against its threshold"} <= labels
