@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from evolute.callbacks.access.backend import Capabilities, Parts, Restorable, base_optimizer, norms_of, shape_of
+from evolute.callbacks.access.shares import sent_to_owners
 from evolute.callbacks.access.untouched import without_hooks_of
 
 
@@ -168,6 +169,12 @@ class ZeroBackend:
             pieces[name][start : start + part.numel()] = part
         dist.all_reduce(joint)
         return {name: flat.view(shapes[name]) for name, flat in pieces.items()}
+
+    def shared(
+        self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor], owner: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return this rank's tensors, whole: pieces of one parameter follow each other in the order of ranks."""
+        return {n: torch.cat(ps).view(shape_of(params[n])) for n, ps in sent_to_owners(parts, owner).items()}
 
     def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
         """Return this rank's pieces of whole tensors."""
