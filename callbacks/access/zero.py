@@ -58,6 +58,11 @@ class ZeroBackend:
                 f"{who} works with DeepSpeed ZeRO at stages 1 to 3, and the configuration says stage {self.stage}: set "
                 'zero_optimization.stage, or use Trainer(strategy="ddp")'
             )
+        if self.stage == 1 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+            raise MisconfigurationException(
+                f"{who} cannot read DeepSpeed's optimizer for bfloat16 with gradients accumulated in float32 at ZeRO "
+                "stage 1: use stage 2, or leave data_types.grad_accum_dtype out"
+            )
 
     @property
     def _zero(self) -> Any:
@@ -99,28 +104,28 @@ class ZeroBackend:
     def accumulated(self, params: Mapping[str, Tensor]) -> Parts:
         """Return copies of this rank's pieces of what has accumulated; stage 1 reduces them here for the first time."""
         scale = float(self._zero.loss_scale)
-        found: Parts = {}
-        for name, p in params.items():
-            if self.stage == 1:
-                whole = self._zero.get_param_gradient_attribute(p)
-                whole = torch.zeros_like(p, dtype=torch.float32) if whole is None else whole.float()
-                whole = whole / dist.get_world_size()
-                dist.all_reduce(whole)
-                found[name] = _narrowed(whole, self._piece(p)).clone() / scale
-            elif self.stage == 2:
-                found[name] = _narrowed(self._accumulated_whole(p), self._piece(p)).float().clone() / scale
-            else:
-                found[name] = self._gradient(p).float().clone() / scale
-        return found
+        piece_of = {1: self._reduced_now, 2: self._running, 3: self._gradient}[self.stage]
+        return {name: piece_of(p).float().clone() / scale for name, p in params.items()}
 
-    def _accumulated_whole(self, p: Any) -> Tensor:
-        """Return stage 2's running gradient of a parameter, of which this rank's piece alone is reduced."""
-        zero = self._zero
-        for group, members in enumerate(zero.params_in_partition):
-            for member, gradient in zip(members, zero.all_grad_tensors.get(group) or (), strict=False):
-                if member is p:
-                    return gradient
-        return torch.zeros_like(p)
+    def _reduced_now(self, p: Any) -> Tensor:
+        whole = self._zero.get_param_gradient_attribute(p)
+        whole = torch.zeros_like(p, dtype=torch.float32) if whole is None else whole.float()
+        whole = whole / dist.get_world_size()
+        dist.all_reduce(whole)
+        return _narrowed(whole, self._piece(p))
+
+    def _running(self, p: Any) -> Tensor:
+        """Return a piece of stage 2's running gradient, which lies in a flat buffer or in a tensor a parameter."""
+        zero, piece = self._zero, self._piece(p)
+        if not piece.length:
+            return torch.zeros(0, device=p.device)
+        group = p._hp_mapping.param_group_index
+        flat = getattr(zero.averaged_gradients.get(group), "flat_partition", None)
+        if flat is not None:
+            return piece.of(flat)
+        tensors = zip(zero.params_in_partition[group], zero.all_grad_tensors.get(group) or (), strict=False)
+        whole = next((gradient for member, gradient in tensors if member is p), None)
+        return torch.zeros(piece.length, device=p.device) if whole is None else _narrowed(whole, piece)
 
     def weights(self, params: Mapping[str, Tensor]) -> Parts:
         """Return this rank's pieces of the float32 masters."""

@@ -37,7 +37,8 @@ from tests.processes import run_pair
 
 STAGES = (1, 2, 3)
 EXACT = ("plain", "accumulated", "ragged", "adamw", "clipped", "scaled", "shortened", "persistent")
-ROUNDED = ("shortened-bf16", "overflow")
+ROUNDED = ("shortened-bf16", "overflow", "accumulated-bf16", "accumulated-bf16-fp32")
+CELLS = [(name, stage) for stage in STAGES for name in EXACT + ROUNDED if (name, stage) != ("accumulated-bf16-fp32", 1)]
 RATIOS = {"first.weight": 0.5, "second.weight": 0.0, "head.weight": 0.75, "head.bias": 0.25}
 
 
@@ -123,14 +124,14 @@ def loader(world: int, micro_batch: int, samples: int = 96) -> DataLoader:
     return DataLoader(data, batch_size=micro_batch // world, sampler=mine, drop_last=True)
 
 
-def strategy(stage: int, threshold: int) -> dict[str, Any]:
+def strategy(stage: int, threshold: int, **config: Any) -> dict[str, Any]:
     """Trainer arguments for two processes under a ZeRO stage; none for one process (stage 0)."""
     from evolute.strategies import CPUDeepSpeedStrategy
 
     if not stage:
         return {}
     zero = {"stage": stage, **({"stage3_param_persistence_threshold": threshold} if stage == 3 else {})}
-    config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero, **config}
     return {"devices": 2, "use_distributed_sampler": False, "strategy": CPUDeepSpeedStrategy(config=config)}
 
 
@@ -138,6 +139,7 @@ def scenario(name: str, stage: int) -> dict[str, Any]:
     """Run one scenario under a ZeRO stage, or in a single process for stage 0."""
     options: dict[str, Any] = {"max_steps": 4}
     optimizer, samples = ("sgd" if name in EXACT[:3] else "adamw"), 96
+    config: dict[str, Any] = {}
     make = Poisoned if name == "overflow" else Mixed
     match name:
         case "accumulated":
@@ -149,6 +151,10 @@ def scenario(name: str, stage: int) -> dict[str, Any]:
             options["gradient_clip_val"] = 0.05
         case "shortened-bf16" | "overflow":
             options.update(precision="bf16-mixed", max_steps=6)
+        case "accumulated-bf16" | "accumulated-bf16-fp32":
+            options.update(precision="bf16-mixed", accumulate_grad_batches=3)
+            if name.endswith("fp32"):
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
     seen = Seen(name.removesuffix("-bf16"), options.get("accumulate_grad_batches", 1) if name != "ragged" else 1)
     recorder = Recorder()
     monitors: list[Callback] = [
@@ -159,7 +165,7 @@ def scenario(name: str, stage: int) -> dict[str, Any]:
     ]
     callbacks = [*monitors, seen] if name == "overflow" else [seen]
     data = loader(2 if stage else 1, 8, samples)
-    given = strategy(stage, 10**5 if name == "persistent" else 0)
+    given = strategy(stage, 10**5 if name == "persistent" else 0, **config)
     _, trainer = fit(
         callbacks, lambda: make(optimizer, eps=1e-4) if optimizer == "adamw" else make(optimizer), data,
         logger=recorder, log_every_n_steps=1000, **options, **given,
@@ -211,8 +217,17 @@ def test_every_step_is_that_of_one_process(ranks, single, name, stage):
                 assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+@pytest.mark.parametrize(("name", "stage"), [c for c in CELLS if c[0].startswith("accumulated-bf16")])
+def test_gradients_that_accumulate_in_either_precision_add_up_to_the_step_s(ranks, name, stage):
+    single = scenario("accumulated-bf16", 0)
+    for rank in ranks:
+        for key in ("accumulated", "gradients"):
+            for ours, theirs in zip(rank[name, stage][key], single[key], strict=True):
+                for parameter, value in theirs.items():
+                    assert (ours[parameter] - value).norm() <= 0.05 * value.norm(), (key, parameter)
+
+
+@pytest.mark.parametrize(("name", "stage"), CELLS)
 def test_the_live_module_of_every_rank_is_the_masters(ranks, name, stage):
     for rank in ranks:
         live = rank[name, stage]["live"]
@@ -230,8 +245,7 @@ def test_a_parameter_whose_rate_is_scaled_to_nothing_does_not_move(ranks, single
             assert not torch.equal(before["third.bias"], after["third.bias"])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", [*EXACT, *ROUNDED])
+@pytest.mark.parametrize(("name", "stage"), CELLS)
 def test_whole_tensors_go_back_into_parts_and_nothing_is_left_on_the_optimizer(ranks, name, stage):
     for rank in ranks:
         assert rank[name, stage]["parts come back"] or name == "overflow"  # there a part is not a number
@@ -258,16 +272,22 @@ def test_a_step_that_deepspeed_skips_moves_nothing_and_later_ones_go_on(ranks, s
         assert metric not in rows[2]
 
 
-def zero_trainer(**zero: Any) -> Any:
+def zero_trainer(**config: Any) -> Any:
     """As much of a trainer as a backend looks at before the fit."""
     stock = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
-    stock.config = zero
+    stock.config = config
     return SimpleNamespace(strategy=stock)
 
 
 def test_deepspeed_without_zero_is_refused():
     with pytest.raises(MisconfigurationException, match="stage 0"):
         backend_for(zero_trainer(zero_optimization={"stage": 0}), "Somebody")
+
+
+def test_bfloat16_with_float32_gradients_is_refused_where_deepspeed_has_another_optimizer():
+    config = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(MisconfigurationException, match="grad_accum_dtype"):
+        backend_for(zero_trainer(**config), "Somebody")
 
 
 def test_gradients_before_their_reduction_are_refused():
@@ -278,7 +298,7 @@ def test_gradients_before_their_reduction_are_refused():
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    results = {(name, stage): scenario(name, stage) for stage in STAGES for name in [*EXACT, *ROUNDED]}
+    results = {(name, stage): scenario(name, stage) for name, stage in CELLS}
     torch.save(results, Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
 
 
