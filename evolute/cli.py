@@ -18,7 +18,7 @@ from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
 from evolute.folders import next_free
 from evolute.messages import Held, condense, fail
-from evolute.requeue import Interrupted, StopWhenTold
+from evolute.requeue import Interrupted, StopWhenTold, interruptible
 from evolute.run_folder import MakeLogger, RunFolder, tensorboard_logger, wandb_logger
 from evolute.signals import INTERRUPTED, listen, told
 
@@ -225,7 +225,8 @@ def train(command: str, args: list[str], names: list[str]) -> int:
     """
     held = Held()
     try:
-        cli = RecipeCLI(names, [command, *args], held)
+        with interruptible(told):
+            cli = RecipeCLI(names, [command, *args], held)
     except BadInput as error:
         return fail(str(error))
     except Interrupted as interrupted:

@@ -17,15 +17,14 @@ _listening = False
 def listen() -> bool:
     """Remember both signals instead of dying of them, if this process belongs to a SLURM job; say whether it does.
 
-    SLURM signals every process of a step, and a loader's worker that died of it would take the run along. Processes
-    forked later inherit the handlers; torch gives its workers one of its own for SIGTERM, so they do not get that
-    signal at all. They still end with their loader, and with this process.
+    SLURM signals every process of a step. Processes forked later inherit the handler of SIGUSR1, but must be able to
+    end of SIGTERM: that is how a pool ends its workers.
     """
     global _listening
     if "SLURM_JOB_ID" in os.environ and not _listening:
         signal.signal(signal.SIGUSR1, _remember)
         signal.signal(signal.SIGTERM, _remember)
-        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]))
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         _listening = True
     return _listening
 

@@ -35,9 +35,9 @@ class PatientWandbLogger(WandbLogger):
         if told():
             self._keep(metrics, step)
             return
-        if self.kept.exists():
-            self._resend()
         try:
+            if self.kept.exists():
+                self._resend()
             super().log_metrics(metrics, step)
         except Exception:
             if not told():
@@ -55,8 +55,9 @@ class PatientWandbLogger(WandbLogger):
     def _keep(self, metrics: Mapping[str, Any], step: int | None) -> None:
         values = {name: v.item() if isinstance(v, Tensor) else v for name, v in metrics.items()}
         scalars = {name: v for name, v in values.items() if isinstance(v, int | float)}
-        with self.kept.open("a") as file:
-            file.write(json.dumps([scalars, step]) + "\n")
+        if scalars:
+            with self.kept.open("a") as file:
+                file.write(json.dumps([scalars, step]) + "\n")
 
     def _resend(self) -> None:
         for line in self.kept.read_text().splitlines():

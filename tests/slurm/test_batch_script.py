@@ -148,6 +148,19 @@ def test_one_task_of_an_array_is_requeued_alone(cluster, tmp_path):
     assert ", start 2," not in first.read_text()
 
 
+def test_launch_gives_each_task_of_an_array_its_seed_and_folder(cluster, tmp_path):
+    said = cluster.run(
+        "evolute", "launch", "--config", "llm/pretrain", "--gpus-per-node", "0", "--time", "20", "--run", "a run",
+        "--array", "seeds=3-4", EVOLUTE=str(TASK), SECONDS="0", cwd=tmp_path,
+    )  # fmt: skip
+    array = said.split()[1]
+    for task, seed in enumerate((3, 4)):
+        cluster.wait(f"{array}_{task}", "COMPLETED", limit=60)
+        text = (tmp_path / "a run" / f"slurm-{array}_{task}.out").read_text()
+        assert "--trainer.devices 1 --data.init_args.batch_size 16" in text
+        assert f"--resume auto --run a run/seed={seed} --seed_everything {seed}\n" in text
+
+
 def test_two_clusters_do_not_meet(cluster, tmp_path):
     """A second cluster on the same port is refused, and leaves the first one alone."""
     conf = Path(cluster.env["SLURM_CONF"])

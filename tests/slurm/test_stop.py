@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks import RunCheckpoint
 from evolute.callbacks.run_checkpoint import checkpoints
-from evolute.requeue import Interrupted, StopWhenTold
-from tests.cli.conftest import Server, evolute, recipe  # noqa: F401  (a fixture)
+from evolute.requeue import Interrupted, StopWhenTold, interruptible
+from tests.cli.conftest import ENVIRONMENT, Server, evolute, recipe  # noqa: F401  (a fixture)
 from tests.cli.test_bad_input import refused
 from tests.cli.test_commands import equal_runs
 from tests.cli.test_kill import children, until
@@ -43,7 +45,7 @@ def test_it_stops_saved_at_the_end_of_the_step_in_which_it_was_told(batch, accum
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stopped:
         fit(callbacks, default_root_dir=tmp_path, accumulate_grad_batches=accumulate)
-    assert stopped.value.step == step
+    assert str(stopped.value) == f"told to stop, saved at step {step}"
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [f"step={step:08d}.ckpt"]
     assert len(told.handlers) == step * accumulate
     assert {before} == {*told.handlers, signal.getsignal(signal.SIGTERM)}  # Lightning put none of its own
@@ -64,8 +66,18 @@ def test_told_again_where_it_resumed_it_keeps_the_checkpoint_it_has(tmp_path):
     again = RunCheckpoint(every_n_steps=1000)
     with pytest.raises(Interrupted) as stopped:
         fit([again, StopWhenTold(again, lambda: True)], default_root_dir=tmp_path, ckpt_path=str(saved))
-    assert stopped.value.step == 3
+    assert str(stopped.value) == "told to stop, saved at step 3"
     assert saved.read_bytes() == content
+
+
+def test_an_error_after_the_signal_is_an_interruption_and_before_it_an_error(capsys):
+    with pytest.raises(Interrupted, match=r"failed before it was saved \(RuntimeError\)"), interruptible(lambda: True):
+        raise RuntimeError("a worker was terminated")
+    assert "a worker was terminated" in capsys.readouterr().err
+    with pytest.raises(RuntimeError), interruptible(lambda: False):
+        raise RuntimeError("broken")
+    with pytest.raises(Interrupted, match=r"^saved$"), interruptible(lambda: True):
+        raise Interrupted("saved")
 
 
 STEPS = 40
@@ -112,6 +124,17 @@ def descendants(pid: int) -> list[int]:
 def losses(run: Path) -> list[tuple[int, float]]:
     """Step and loss of each training step that W&B has."""
     return [(e["trainer/global_step"], e["train/loss"]) for e in history(run) if "train/loss" in e]
+
+
+def test_pools_in_a_job_can_still_end_their_workers():
+    script = (
+        "import multiprocessing; from evolute.signals import listen; assert listen();"
+        "pool = multiprocessing.get_context('fork').Pool(2); pool.map(abs, [1]); pool.terminate(); pool.join();"
+        "print('ended')"
+    )
+    env = os.environ | ENVIRONMENT | {"SLURM_JOB_ID": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("ended\n", "")
 
 
 def test_outside_a_job_sigterm_is_not_ours(evolute: Server, corpus, tmp_path):  # noqa: F811
