@@ -32,8 +32,8 @@ from evolute.callbacks.record import record
 from evolute.geometry import Norm, batched_dual_norms, noise_ema, noise_ratios
 from evolute.optim import parameter_norms
 
-WHOLE_AT_ONCE = 2**26
-"""Entries of layers that are made whole at once under a strategy that shards: 256 MB in float32."""
+AT_ONCE = 2**26
+"""Entries of layers whose dual norms are found at once: batches of them take a few times 256 MB in float32."""
 
 
 class NoiseAdaptiveLR(Callback):
@@ -186,7 +186,7 @@ class NoiseAdaptiveLR(Callback):
             return False
         before = torch.tensor([self._noise.get(n, 0.0) for n in names], dtype=torch.float64)
         self._noise.update(zip(names, noise_ema(before, sample, self.decay, self.every_n_steps).tolist(), strict=True))
-        for norm in {self._norm_of[n] for n in names}:
+        for norm in dict.fromkeys(self._norm_of[n] for n in names):
             group = [n for n in self._noise if self._norm_of[n] == norm]
             noise = torch.tensor([self._noise[n] for n in group], dtype=torch.float64)
             self._ratios.update(zip(group, noise_ratios(noise, self.alpha, self.power).tolist(), strict=True))
@@ -197,17 +197,12 @@ class NoiseAdaptiveLR(Callback):
         """Return the dual norms [layers], in float64 and the same bits on every rank: each rank finds its share."""
         names, trainer = list(differences), self._trainer
         owner = shared_out({n: self._price(n) for n in names}, trainer.world_size)
-        mine: dict[str, Tensor] = {}
-        for some in _chunks(differences, self._params):
-            for n, t in self._backend.whole(self._params, some).items():
-                if owner[n] == trainer.global_rank:
-                    mine[n] = t if t is some[n] else t.clone()  # what was made whole goes, but for this rank's share
-        values = torch.zeros(len(names), dtype=torch.float64, device=next(iter(differences.values())).device)
-        for some in _chunks(mine, self._params):
+        mine = self._backend.shared(self._params, differences, owner)
+        values = torch.zeros(len(names), dtype=torch.float64, device=differences[names[0]].device)
+        for some in _chunks(mine):
             norms: list[Norm] = [self._norm_of[n] for n in some]
-            if norms:
-                found = batched_dual_norms(list(some.values()), norms, scaled=self.dual == "scaled")
-                values[[names.index(n) for n in some]] = found.to(values)
+            found = batched_dual_norms(list(some.values()), norms, scaled=self.dual == "scaled")
+            values[[names.index(n) for n in some]] = found.to(values)
         return joined(values, trainer)
 
     def _price(self, name: str) -> float:
@@ -258,15 +253,14 @@ class NoiseAdaptiveLR(Callback):
         self._pairs.load_state_dict(state_dict["pairs"])
 
 
-def _chunks(parts: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Split layers into lots of bounded size: a strategy that shards makes each lot whole on every rank."""
-    lots: list[dict[str, Tensor]] = [{}]
+def _chunks(layers: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split layers into lots of bounded size."""
+    lots: list[dict[str, Tensor]] = []
     size = 0
-    for name, part in parts.items():
-        entries = shape_of(params[name]).numel()
-        if size and size + entries > WHOLE_AT_ONCE:
+    for name, layer in layers.items():
+        if not lots or size + layer.numel() > AT_ONCE:
             lots.append({})
             size = 0
-        lots[-1][name] = part
-        size += entries
+        lots[-1][name] = layer
+        size += layer.numel()
     return lots

@@ -106,6 +106,12 @@ class Backend(Protocol):
         """Return whole tensors, in the shapes of the parameters, from what the ranks hold of them."""
         ...
 
+    def shared(
+        self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor], owner: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return whole tensors, of those alone that ``owner`` gives to this rank; no rank holds them all."""
+        ...
+
     def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
         """Return what this rank holds of whole tensors: the inverse of :meth:`whole`."""
         ...
@@ -130,7 +136,7 @@ class PlainBackend:
 
     def __init__(self, trainer: L.Trainer) -> None:
         self._strategy = trainer.strategy
-        self._ranks = trainer.world_size
+        self._ranks, self._rank = trainer.world_size, trainer.global_rank
         self._scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
 
     def groups(self, optimizer: Optimizer) -> list[tuple[dict[str, Any], list[Tensor]]]:
@@ -189,6 +195,12 @@ class PlainBackend:
     def whole(self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the parts: they are whole."""
         return dict(parts)
+
+    def shared(
+        self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor], owner: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return this rank's among them: they are whole."""
+        return {name: part for name, part in parts.items() if owner[name] == self._rank}
 
     def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
         """Return the tensors, on their parameters' devices (a checkpoint brings them back on the CPU)."""

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from evolute.callbacks.access.backend import Capabilities, Parts, PlainBackend, named_parameters, norms_of
+from evolute.callbacks.access.shares import sent_to_owners
 from evolute.callbacks.access.untouched import without_hooks_of
 
 
@@ -79,14 +81,26 @@ class FSDPBackend(PlainBackend):
         return {name: _like(part, params[name]).full_tensor() for name, part in parts.items()}
 
     @override
+    def shared(
+        self, params: Mapping[str, Tensor], parts: Mapping[str, Tensor], owner: Mapping[str, int]
+    ) -> dict[str, Tensor]:
+        """Return this rank's tensors, whole."""
+        found: dict[str, Tensor] = {}
+        for name, pieces in sent_to_owners(parts, owner).items():
+            p = params[name]
+            dim = _dim(p)
+            rest = (*p.shape[:dim], -1, *p.shape[dim + 1 :])
+            found[name] = torch.cat([piece.view(rest) for piece in pieces if piece.numel()], dim)
+        return found
+
+    @override
     def part(self, params: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> Parts:
         """Return this rank's shards of whole tensors."""
         found: Parts = {}
         for name, tensor in whole.items():
             if name in params:
                 p = cast(DTensor, params[name])
-                (placement,) = p.placements
-                shards = tensor.to(p.device).chunk(p.device_mesh.size(), placement.dim)  # type: ignore[union-attr]
+                shards = tensor.to(p.device).chunk(p.device_mesh.size(), _dim(p))
                 mine = p.device_mesh.get_local_rank()
                 found[name] = shards[mine].flatten().clone() if mine < len(shards) else tensor.new_empty(0)
         return found
@@ -104,6 +118,13 @@ class FSDPBackend(PlainBackend):
         """Return the optimizer's state of one parameter, gathered from all ranks."""
         state = super().optimizer_state(optimizer, param)
         return {key: _full(v) if isinstance(v, Tensor) else v for key, v in state.items()}
+
+
+def _dim(p: Tensor) -> int:
+    """Return the dimension along which a parameter is sharded."""
+    (placement,) = cast(DTensor, p).placements
+    assert isinstance(placement, Shard)
+    return placement.dim
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Parts:
