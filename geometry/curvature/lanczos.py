@@ -86,8 +86,9 @@ def top_eigenpairs(
     smallest = k + 4 + max(k, len(columns))
     if basis is not None and basis < smallest:
         raise ValueError(f"basis={basis}: k={k} and {len(columns)} start vectors need at least {smallest}")
-    capacity = min(max(2 * k + 10, 20, smallest) if basis is None else basis, H.shape[0])
     limit = max(200, 20 * k) if max_products is None else max_products
+    usual = min(max(2 * k + 10, 20), limit + 1)  # a product brings one vector at most
+    capacity = min(max(usual, smallest) if basis is None else basis, H.shape[0])
     search = _Search(KrylovSpace(H, generator or torch.Generator().manual_seed(0), capacity), k, which, limit)
     # A basis vector rounded to a narrow dtype was not quite what was multiplied: only new products tell the residual.
     narrow = torch.finfo(H.dtype).bits < 32
