@@ -6,6 +6,7 @@ from evolute.callbacks.metrics_csv import MetricsCSV
 from evolute.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
 from evolute.callbacks.run_checkpoint import RunCheckpoint
 from evolute.callbacks.run_report import RunReport
+from evolute.callbacks.spectrum_probe import SpectrumProbe
 from evolute.callbacks.step_radius import StepRadius
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "NoiseAdaptiveLR",
     "RunCheckpoint",
     "RunReport",
+    "SpectrumProbe",
     "StepRadius",
 ]

@@ -210,7 +210,7 @@ class CurvatureMonitor(Callback):
         self._batch.capture(trainer, batch, batch_idx)
         if not self._checked:  # before the first step, so that nothing has been trained in vain
             with self._batch.open(trainer, self._backend) as probe:
-                loss = self._batch.check(pl_module, probe)
+                loss = self._batch.check(pl_module, Repeatable(probe.loss))
                 if self._exact:
                     refuse_reentrant_checkpointing(
                         loss, pl_module, "CurvatureMonitor", 'or take preset="cheap", which needs forward passes only'

@@ -79,6 +79,10 @@ class Pace:
         if step < self._next:
             return False
         self._next = step + self.every_n_steps - step % self.every_n_steps
+        return self.affordable(trainer)
+
+    def affordable(self, trainer: L.Trainer) -> bool:
+        """Say whether the budget allows a measurement now; all ranks hear what rank 0 finds."""
         if self.budget is None:
             return True
         within = self._spent <= self.budget * self._elapsed()

@@ -71,7 +71,7 @@ class ProbeBatch:
                     norm.train()  # flags and buffers come back when the probe closes
             yield probe
 
-    def check(self, module: L.LightningModule, probe: Probe) -> Tensor:
+    def check(self, module: L.LightningModule, loss: "Repeatable") -> Tensor:
         """Evaluate the loss once, say what differs from the one that is trained, and return it with its graph.
 
         Raises:
@@ -82,7 +82,6 @@ class ProbeBatch:
             raise MisconfigurationException(
                 f'{self.who}(batch_norm="train") takes statistics of the probe batch, which is 1 sample: pass samples'
             )
-        loss = Repeatable(probe.loss)
         value = loss()
         said = [
             ("without dropout", any(m.p > 0 for m in module.modules() if isinstance(m, _DropoutNd))),

@@ -40,13 +40,23 @@ def record(trainer: L.Trainer, prefix: str, values: Mapping[str, Tensor | float]
 
 
 def record_arrays(trainer: L.Trainer, prefix: str, arrays: Mapping[str, Tensor], step: int) -> None:
-    """Write arrays to ``arrays/<prefix>/<step>.npz`` of the run folder, on rank 0."""
-    if not trainer.is_global_zero:
+    """Write arrays to ``arrays/<prefix>/<step>.npz`` of the run folder, on rank 0; nothing if no logger has one."""
+    folder = run_folder(trainer)
+    if not trainer.is_global_zero or folder is None:
         return
-    folder = Path(trainer.default_root_dir) / "arrays" / prefix
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "arrays" / prefix / f"{step:08d}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
     host: dict[str, Any] = {name: a.detach().cpu().numpy() for name, a in arrays.items()}
-    np.savez(folder / f"{step:08d}.npz", **host)
+    part = path.with_name(path.name + ".part")  # whole or absent, should the run be killed
+    with part.open("wb") as file:
+        np.savez(file, **host)
+    part.replace(path)
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """Return the folder where the run's ``metrics.csv`` is, else the first that a logger writes to, else None."""
+    folders = [Path(f) for logger in trainer.loggers for f in (logger.log_dir, logger.save_dir) if f]
+    return next((f for f in folders if (f / "metrics.csv").is_file()), folders[0] if folders else None)
 
 
 def finite(values: Mapping[str, float]) -> bool:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from evolute.callbacks.record import run_folder
 from evolute.reports import Run, draw_figures, load_run, print_summary, write_report
 
 
@@ -66,7 +67,7 @@ class RunReport(Callback):
         try:
             for logger in trainer.loggers:
                 _flush(logger)
-            run = load_run(_run_folder(trainer))
+            run = load_run(run_folder(trainer) or Path(trainer.default_root_dir))
             page = write_report([run], run.folder / self.path)
             print_summary(run, page)
         except Exception as error:
@@ -82,15 +83,6 @@ def _flush(logger: Logger) -> None:
     """Make a logger write what it holds: ``flush`` where it has one, for ``save`` may leave it to later."""
     flush: Any = getattr(logger, "flush", logger.save)
     flush()
-
-
-def _run_folder(trainer: L.Trainer) -> Path:
-    """Return the folder that has the run's metrics.csv: a logger's, else ``default_root_dir``."""
-    folders = [folder for logger in trainer.loggers for folder in (logger.log_dir, logger.save_dir) if folder]
-    for folder in folders:
-        if (Path(folder) / "metrics.csv").is_file():
-            return Path(folder)
-    return Path(trainer.default_root_dir)
 
 
 def _send_figures(run: Run, loggers: list[Logger]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, StepRadius
+from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, SpectrumProbe, StepRadius
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ def _curvature(**kwargs: Any) -> Callback:
     return CurvatureMonitor(
         **{"every_n_steps": 3, "samples": 8, "budget": None, "blocks": "(.*weight)", "trace_samples": 2, **kwargs}
     )
+
+
+def _spectrum(**kwargs: Any) -> Callback:
+    return SpectrumProbe(**{"every_n_steps": 3, "samples": 8, "budget": None, "lanczos_steps": 8, **kwargs})
 
 
 def _radius(**kwargs: Any) -> Callback:
@@ -112,6 +116,28 @@ SETTINGS: dict[str, Setting] = {
         partial(_curvature, preset="full", blocks="layer", eigenpairs=2, max_products=12, batch_norm="train"),
         "curvature",
         "curvature/model_agreement",
+        everywhere=_ALL_SAMPLES,
+    ),
+    "SpectrumProbe": Setting(
+        _spectrum,
+        "spectrum",
+        "spectrum/lambda_max",
+        bad=(
+            {"every_n_steps": 0},
+            {"every_n_steps": None},
+            {"vectors": 0},
+            {"lanczos_steps": 0},
+            {"classes": 0},
+            {"samples": 0},
+            {"batch_norm": "off"},
+            {"budget": 0.0},
+        ),
+        everywhere=_ALL_SAMPLES,
+    ),
+    "SpectrumProbe-split": Setting(
+        partial(_spectrum, split=True, on_validation_end=True, batch_norm="train"),
+        "spectrum",
+        "spectrum/residual_ratio",
         everywhere=_ALL_SAMPLES,
     ),
     "StepRadius": Setting(

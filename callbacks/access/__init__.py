@@ -13,6 +13,7 @@ from evolute.callbacks.access.backend import (
     require,
     shape_of,
 )
+from evolute.callbacks.access.cut import CutLoss
 from evolute.callbacks.access.pairs import GradientPair, GradientPairs
 from evolute.callbacks.access.probe import (
     Head,
@@ -35,6 +36,7 @@ __all__ = [
     "Action",
     "Backend",
     "Capabilities",
+    "CutLoss",
     "FlatOperator",
     "GradientPair",
     "GradientPairs",
