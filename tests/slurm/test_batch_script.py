@@ -8,6 +8,8 @@ import pytest
 
 from tests.slurm.conftest import REPOSITORY, SCRIPT, Cluster, until
 
+pytestmark = pytest.mark.slow
+
 TASK = Path(__file__).with_name("task.py")
 
 

@@ -18,6 +18,8 @@ from tests.cli.conftest import recipe
 from tests.cli.test_kill import callback, plain, rows
 from tests.slurm.conftest import Cluster, until
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a start is all imports: slow where the machine is busy
+
 STEPS = 200
 LONG = 220  # of half a second at least: more than the time limit
 
