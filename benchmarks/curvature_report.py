@@ -126,8 +126,8 @@ def memory(found: list[dict[str, Any]], runs: list[Run], models: list[str]) -> l
         of = {m["arm"]: m["mib"] for m in found if m["model"] == model}
         one = next((r["top"] for r in runs if (r["model"], r["stage"], r["batch"]) == (model, 100, 0)), {})
         reached = [arm for arm in of if arm != OURS and one.get(arm, {}).get("residual", 1.0) <= TOL]
-        rows += [[model, arm, f"{mib:.0f}", "" if arm == OURS or arm in reached else "residual not reached"]
-                 for arm, mib in of.items()]  # fmt: skip
+        short = {arm for arm in one if arm != OURS and arm not in reached}
+        rows += [[model, arm, f"{mib:.0f}", "residual not reached" if arm in short else ""] for arm, mib in of.items()]
         if OURS in of and reached:
             ratio = of[OURS] / min(of[arm] for arm in reached)
             bars.append((ratio <= 1.5, f"memory, {model}: {ratio:.2f} of the best peer that reaches it (at most 1.5)"))
