@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -142,8 +144,10 @@ def figure(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Ax
 
 
 def save(made: Figure, name: str) -> Path:
-    """Write benchmarks/figures/<name>.png and return its path."""
+    """Write benchmarks/figures/<name>.png, of few colours and so small, and return its path."""
     path = HERE / "figures" / f"{name}.png"
     path.parent.mkdir(exist_ok=True)
-    made.savefig(path, dpi=100, metadata={"Software": None})
+    drawn = BytesIO()
+    made.savefig(drawn, dpi=100)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
     return path
