@@ -52,13 +52,16 @@ class MeanOverRanks:
     def __init__(self, H: FlatOperator, trainer: L.Trainer) -> None:
         self._H = H
         self._trainer = trainer
+        self._gradient: Tensor | None = None
         self.shape, self.dtype, self.device = H.shape, H.dtype, H.device
         self.flatten, self.unflatten = H.flatten, H.unflatten
 
     @property
     def gradient(self) -> Tensor:
-        """Gradient of the mean loss, flat [P]."""
-        return mean_over_ranks(self._H.gradient, self._trainer)
+        """Gradient of the mean loss, flat [P]; reduced once."""
+        if self._gradient is None:
+            self._gradient = mean_over_ranks(self._H.gradient, self._trainer)
+        return self._gradient
 
     def __matmul__(self, v: Tensor, /) -> Tensor:
         return mean_over_ranks(self._H @ v, self._trainer)
