@@ -91,6 +91,11 @@ def block_sharpness(runs: Sequence[Run]) -> Figure:
     return layer_heatmap(runs, "curvature/block_sharpness", "sharpness (loss per squared weight)", cmap="inferno")
 
 
+def block_trace(runs: Sequence[Run]) -> Figure:
+    """Trace of each diagonal block of the Hessian."""
+    return layer_heatmap(runs, "curvature/block_trace", "trace (loss per squared weight)", cmap="inferno")
+
+
 def sharpness(runs: Sequence[Run]) -> Figure:
     """Largest Hessian eigenvalue against the optimizer's stability threshold, and their ratio."""
     figure, [[lines, ratios]] = style.new_figure(1, 2, height=3.4)
@@ -103,6 +108,9 @@ def sharpness(runs: Sequence[Run]) -> Figure:
         limit = style.LIMIT if len(runs) == 1 else colour
         lines.plot(*run.series("curvature/threshold"), color=limit, linestyle="--", label=f"threshold{of}")
         ratios.plot(*run.series("curvature/eos_ratio"), color=colour, marker=".", markersize=4)
+        if run.has("curvature/generalized_ratio"):  # momentum in a norm: no theory says that 1 is its edge
+            unclaimed = run.series("curvature/generalized_ratio")
+            ratios.plot(*unclaimed, color=colour, linestyle=":", label=f"without momentum, no claim{of}")
     _log_if_positive(lines)
     _log_if_positive(ratios)
     _limit(ratios, 1.0, "edge of stability")

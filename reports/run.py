@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +64,20 @@ class Run:
         head = prefix.rstrip("/") + "/"
         names = [name.removeprefix(head) for name in self.metrics if name.startswith(head) and self.has(name)]
         return {name: self.series(head + name) for name in names if name not in NOT_LAYERS}
+
+    def arrays(self, prefix: str) -> dict[int, dict[str, Array]]:
+        """Return the arrays that the run recorded under a prefix, by step: read from the run folder, name -> array.
+
+        A file that does not parse is left out: the run may have been killed while it wrote, or the folder moved.
+        """
+        found: dict[int, dict[str, Array]] = {}
+        for path in sorted((self.folder / "arrays" / prefix).glob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    found[int(path.stem)] = {name: np.asarray(file[name], np.float64) for name in file.files}
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+                continue
+        return found
 
     @property
     def bigram_floor(self) -> float | None:

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from matplotlib.figure import Figure
 
-from evolute.reports import figures
+from evolute.reports import figures, spectra
 from evolute.reports.run import NOT_LAYERS, Run
 
 
@@ -134,6 +134,54 @@ SECTIONS = (
         "Largest eigenvalue of each block of the Hessian on its diagonal: layers, or what the run asked for. Good: no "
         "single row orders of magnitude above all others; such a block sets the learning rate for the whole model.",
         ("curvature/block_sharpness/*",),
+        optional=True,
+    ),
+    Section(
+        "block-trace",
+        "Trace by block",
+        figures.block_trace,
+        "Sum of the curvatures of each block. Good: rows that drift slowly; grey cells are estimates below zero.",
+        ("curvature/block_trace/*",),
+        optional=True,
+    ),
+    Section(
+        "critical",
+        "Critical sharpness of the updates",
+        spectra.critical,
+        "Two over the learning rate at which the update just taken would have begun to raise the loss, found by "
+        "forward passes along it; and the rate used over that one. Good: a ratio below 1, near it when training is at "
+        "its edge. Above 1 the step raised the loss of the probe batch. Gaps are steps that raised it at any length, "
+        "or at none within reach.",
+        ("curvature/critical_ratio",),
+        optional=True,
+    ),
+    Section(
+        "agreement",
+        "Local models along the step",
+        spectra.agreement,
+        "Change of the loss over what gradient and curvature predict, and the part of the gradient's change that "
+        "curvature leaves unexplained, relative to the gradient. Good: near 1 and well below 1. Far from that, "
+        "quadratic reasoning about these steps, sharpness included, is doubtful.",
+        ("curvature/model_agreement", "curvature/gns_ratio"),
+        optional=True,
+    ),
+    Section(
+        "spectrum",
+        "Spectrum of the Hessian",
+        spectra.spectrum,
+        "How all eigenvalues are spread, from negative to positive, on logarithmic axes (the horizontal one linear "
+        "within a thousandth of the largest); and how the ends move. Good: a bulk about zero that narrows, a few "
+        "outliers to the right, for a classifier about as many as classes, and a negative side that shrinks.",
+        ("spectrum/lambda_max",),
+        optional=True,
+    ),
+    Section(
+        "spectrum-split",
+        "Spectrum, split into Gauss-Newton and the rest",
+        spectra.spectrum_split,
+        "The last spectrum and its two parts: Gauss-Newton, which has no negative side and holds the outliers, and "
+        "what the bending of the network adds. Good: the rest narrow against the whole, and ever narrower.",
+        ("spectrum/ggn_sharpness",),
         optional=True,
     ),
     Section(

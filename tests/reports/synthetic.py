@@ -37,6 +37,8 @@ def write_run(
         "  - class_path: evolute.callbacks.CurvatureMonitor\n    init_args:\n      every_n_steps: 20\n"
         f"model:\n  lr: {0.01 * speed:g}\n"
     )
+    for step in range(0, steps, 100):
+        _write_spectrum(folder / "arrays" / "spectrum", step, rng)
     environment = {
         "bigram_floor_bits_per_byte": 3.412,
         "command": "evolute fit --config llm/pretrain",
@@ -55,6 +57,19 @@ def write_run(
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
     return folder
+
+
+def _write_spectrum(folder: Path, step: int, rng: np.random.Generator) -> None:
+    """Write the arrays of one spectrum: a bulk, three outliers, and some negative eigenvalues."""
+    folder.mkdir(parents=True, exist_ok=True)
+    outliers = np.array([80.0, 40.0, 20.0]) / (1 + step / 300)
+    arrays: dict[str, np.ndarray] = {}
+    for head, low in (("", -1.0), ("ggn_", 0.0), ("residual_", -1.0)):
+        nodes = np.concatenate([np.linspace(low, 1.0, 37), outliers[::-1] if head != "residual_" else [1.1, 1.2, 1.3]])
+        weights = np.concatenate([rng.dirichlet(np.ones(37)) * (1 - 3e-6), np.full(3, 1e-6)])
+        arrays |= {f"{head}nodes": nodes[None], f"{head}weights": weights[None], f"{head}outliers": outliers}
+        arrays |= {f"{head}size": np.array(1_000_000)}
+    np.savez(folder / f"{step:08d}.npz", **arrays)
 
 
 def _row(
@@ -82,6 +97,11 @@ def _row(
         row |= {"curvature/trace": 6 * sharp, "curvature/trace_stderr": 0.8 * sharp, "curvature/time_ms": 55.0}
         row |= {"layer/noise_scale": 12 * math.exp(2.2 * done + 0.3 * rng.standard_normal()), "layer/time_ms": 6.0}
         row["noise/time_ms"] = 40.0
+        row |= {"curvature/critical_ratio": min(1.05, 0.1 + done), "curvature/critical_sharpness": 2 * sharp / 3}
+        row |= {"curvature/model_agreement": 1 - 0.4 * done, "curvature/gns_ratio": 0.1 + 0.5 * done}
+        for name, base in level.items():
+            row[f"curvature/block_sharpness/{name}"] = sharp * base
+            row[f"curvature/block_trace/{name}"] = 6 * sharp * base - sharp
         for name, base in level.items():
             wobble = math.exp(0.05 * rng.standard_normal())
             row[f"noise/{name}"] = base**-2 * wobble * 10 ** (-1.5 * done)
@@ -89,6 +109,9 @@ def _row(
             row[f"layer_lr/{name}"] = lr * min(1.0, base * wobble)
             row[f"layer/update_ratio/{name}"] = lr * 0.15 * wobble / base
             row[f"layer/snr/{name}"] = base * math.exp(-2 * done) * wobble
+    if step % 100 == 0:
+        row |= {"spectrum/lambda_max": 80 / (1 + step / 300), "spectrum/lambda_min": -1.0, "spectrum/bulk_edge": 1.1}
+        row |= {"spectrum/ggn_sharpness": 80 / (1 + step / 300), "spectrum/outliers": 3.0}
     if step % 10 == 0:
         ratio = 0.25 * math.exp(0.5 * rng.standard_normal()) * (1 + 2 * math.exp(-step / 60))
         row |= {"step/ghost_ratio": ratio, "step/ghost_ratio_p99": 0.6 * ratio, "step/time_ms": 9.0}

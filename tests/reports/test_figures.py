@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from evolute.reports import draw_figures, figures, load_run, load_runs, save_figures, style, write_report
+from evolute.reports import draw_figures, figures, load_run, load_runs, save_figures, spectra, style, write_report
 from evolute.reports.heatmaps import layer_heatmap
 from evolute.reports.spec import SECTIONS
 from tests.reports.synthetic import LAYERS, write_run
@@ -36,7 +36,7 @@ def mesh(axes):
 
 def test_a_full_run_draws_every_section_it_recorded(runs):
     drawn = {key for key, _ in draw_figures(runs[:1])}
-    assert drawn == {section.key for section in SECTIONS} - {"block-sharpness", "directional"}
+    assert drawn == {section.key for section in SECTIONS} - {"directional"}
 
 
 def test_loss_shows_raw_smoothed_validation_and_floor(runs):
@@ -100,6 +100,67 @@ def test_negative_curvature_is_drawn(tmp_path):
     axes = figures.sharpness([load_run(tmp_path)]).axes[0]
     assert axes.get_yscale() == "symlog"
     assert np.array_equal(lines(axes)["sharpness"].get_ydata(), [-2, 5])
+
+
+def test_densities_hold_every_eigenvalue_and_peak_where_they_are(runs):
+    density, ends = spectra.spectrum(runs[:1]).axes
+    drawn = lines(density)
+    assert [label for label in drawn if label.startswith("step")] == ["step 0", "step 300", "step 600", "step 900"]
+    arrays = runs[0].arrays("spectrum")
+    assert list(arrays) == list(range(0, 1000, 100))
+    for step in (0, 900):
+        x, y = (np.asarray(v, float) for v in drawn[f"step {step}"].get_data())
+        largest = max(np.abs(arrays[s]["nodes"]).max() for s in (0, 300, 600, 900))
+        decades = np.arcsinh(x / (largest / 1000)) / np.log(10)
+        assert np.nansum(y) * np.diff(decades)[0] == pytest.approx(1.0, rel=1e-3)
+        # An outlier of one eigenvalue in a million is a peak of its own, at its place.
+        near = (x > 0.8 * 80 / (1 + step / 300)) & np.isfinite(y)
+        assert x[near][np.argmax(y[near])] == pytest.approx(80 / (1 + step / 300), rel=2e-2)
+    assert np.array_equal(lines(ends)["largest"].get_ydata(), runs[0].series("spectrum/lambda_max")[1])
+    points = [line for line in ends.get_lines() if line.get_marker() == "."]
+    assert [len(line.get_ydata()) for line in points] == [3] * 10
+
+
+def test_the_parts_of_a_spectrum_are_told_apart(runs):
+    figure = spectra.spectrum_split(runs[:1])
+    drawn = lines(figure.axes[0])
+    assert {"Hessian", "Gauss-Newton", "the rest"} <= drawn.keys()
+
+    def leftmost(label):
+        x, y = (np.asarray(v, float) for v in drawn[label].get_data())
+        return x[np.isfinite(y)].min()
+
+    assert leftmost("Hessian") < -0.9
+    assert leftmost("Gauss-Newton") > -0.1
+    assert [axes.get_title(loc="left") for axes in spectra.spectrum_split(runs).axes] == ["first", "second"]
+
+
+def test_a_spectrum_without_its_arrays_and_one_cut_short_are_not_drawn(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,spectrum/lambda_max,spectrum/ggn_sharpness\n0,2,1\n1,3,1\n")
+    run = load_run(tmp_path)
+    assert "no arrays" in spectra.spectrum([run]).axes[0].texts[0].get_text()
+    assert "no split" in spectra.spectrum_split([run]).axes[0].texts[0].get_text()
+    folder = write_run(tmp_path / "full", steps=101) / "arrays" / "spectrum"
+    whole = (folder / "00000100.npz").read_bytes()
+    (folder / "00000100.npz").write_bytes(whole[: len(whole) // 2])
+    (folder / "00000200.npz").write_bytes(b"")
+    assert list(load_run(tmp_path / "full").arrays("spectrum")) == [0]
+
+
+def test_curvature_along_the_steps_is_drawn_against_its_limit(runs):
+    for draw, metrics in (
+        (spectra.critical, ("critical_sharpness", "critical_ratio")),
+        (spectra.agreement, ("model_agreement", "gns_ratio")),
+    ):
+        for axes, metric in zip(draw(runs[:1]).axes, metrics, strict=True):
+            assert np.array_equal(axes.get_lines()[0].get_ydata(), runs[0].series(f"curvature/{metric}")[1])
+    assert "above, the step raises the loss" in lines(spectra.critical(runs[:1]).axes[1])
+
+
+def test_a_ratio_without_a_theory_is_drawn_as_such(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,curvature/sharpness,curvature/generalized_ratio\n0,2,0.5\n1,5,0.7\n")
+    ratios = figures.sharpness([load_run(tmp_path)]).axes[1]
+    assert np.array_equal(lines(ratios)["without momentum, no claim"].get_ydata(), [0.5, 0.7])
 
 
 def test_bars_are_total_seconds(runs):
