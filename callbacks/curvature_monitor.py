@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -236,7 +237,8 @@ class CurvatureMonitor(Callback):
         with self._batch.open(self._trainer, self._backend) as probe:
             loss = Repeatable(probe.loss)
             moved = self._backend.whole(step.params, step.moved())
-            line = StepLine(loss, probe.params, self._backend.whole(step.params, step.before), moved, self._trainer)
+            before = partial(self._backend.whole, step.params, step.before)
+            line = StepLine(loss, probe.params, before, moved, self._trainer)
             values: Values = {}
             try:
                 if self._exact:

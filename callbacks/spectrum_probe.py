@@ -58,8 +58,9 @@ class SpectrumProbe(Callback):
     ``nodes`` and ``weights`` [vectors, lanczos_steps] of the quadrature, ``outliers``, ``size`` (parameters); with
     ``split`` also under ``ggn_`` and ``residual_``. The report draws them.
 
-    Price: 2 gradients of the probe batch for the graph and ``vectors * lanczos_steps`` products of 1 to 2; about three
-    times that with ``split``. Memory: the graph and ``lanczos_steps`` vectors of the size of the parameters.
+    Price: 2 gradients of the probe batch for the graph and ``vectors * lanczos_steps`` products of about 2, vector work
+    included; about three times that with ``split``. Memory: the graph and ``lanczos_steps`` vectors of the size of the
+    parameters.
 
     Args:
         every_n_steps: optimizer steps between two measurements, the first is measured; None for none by steps.

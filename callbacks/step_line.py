@@ -1,6 +1,7 @@
 """The loss of a probe along the step that was just taken."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import lightning as L
 import torch
@@ -16,7 +17,8 @@ class StepLine:
     Args:
         loss: the loss at parameters by name.
         params: the probe's parameters.
-        before: those that moved, before the step, whole.
+        before: gives those that moved, before the step, whole; asked once, and only if another place than the step's
+            end is looked at, for sharded weights have to travel.
         moved: how they moved.
         trainer: of the run; values are means over its ranks, so all ranks decide alike.
     """
@@ -25,11 +27,12 @@ class StepLine:
         self,
         loss: Callable[[Mapping[str, Tensor]], Tensor],
         params: Mapping[str, Tensor],
-        before: Mapping[str, Tensor],
+        before: Callable[[], Mapping[str, Tensor]],
         moved: Mapping[str, Tensor],
         trainer: L.Trainer,
     ) -> None:
-        self._loss, self._params, self._before, self._moved, self._trainer = loss, params, before, moved, trainer
+        self._loss, self._params, self._moved, self._trainer = loss, params, moved, trainer
+        self._before = cache(before)
         self._known: dict[float, float] = {}
 
     def loss(self, multiple: float) -> float:
@@ -51,8 +54,9 @@ class StepLine:
         return [self._moved.get(name) for name in self._params]
 
     def _at(self, multiple: float) -> dict[str, Tensor]:
+        before = self._before()
         return {
-            name: torch.add(self._before[name], self._moved[name], alpha=multiple).to(p.dtype)
+            name: torch.add(before[name], self._moved[name], alpha=multiple).to(p.dtype)
             if name in self._moved
             else p.detach()
             for name, p in self._params.items()
