@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, StepRadius
+from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, SpectrumProbe, StepRadius
 from evolute.geometry import gradient_noise_scale
 from tests.conftest import fit
 from tests.modules import Classifier, Net, Recorder, classification_data
@@ -106,6 +106,10 @@ def scenario(name: str, world: int) -> dict[str, Any]:
             options["accumulate_grad_batches"] = 2
         case "curvature":
             callbacks = [CurvatureMonitor(**CURVATURE, blocks="(net.0.weight)")]
+        case "curvature-full":
+            callbacks = [CurvatureMonitor(**CURVATURE, preset="full", eigenpairs=2)]
+        case "spectrum":
+            callbacks = [SpectrumProbe(every_n_steps=1, samples=1000, budget=None, lanczos_steps=20, split=True)]
         case "poisoned":
             callbacks, data = [CurvatureMonitor(**CURVATURE)], poisoned()
             options["max_steps"] = 2
@@ -141,7 +145,7 @@ def scenario(name: str, world: int) -> dict[str, Any]:
 
 NAMES = [
     "base", "monitors", "dry", "messy", "messy-monitors", "noise", "noise-split", "layers-split", "curvature",
-    "poisoned", "radius", "clip", "ranks", "ranks-view", "known", "known-accumulated",
+    "curvature-full", "spectrum", "poisoned", "radius", "clip", "ranks", "ranks-view", "known", "known-accumulated",
 ]  # fmt: skip
 
 
@@ -219,6 +223,13 @@ def test_noise_ratios_are_those_of_one_process_on_every_rank(ranks, name):
     [
         ("curvature", ["loss", "sharpness", "trace", "directional", "step_quadratic"], 1e-7),
         ("curvature", ["threshold", "eos_ratio", "block_sharpness/net.0.weight"], 1e-6),
+        (
+            "curvature-full",
+            ["lambda/2", "lambda_min", "grad_rayleigh", "loss_change", "block_trace/net.0", "gns_ratio"],
+            1e-6,
+        ),
+        ("curvature-full", ["model_agreement", "critical_ratio", "critical_error"], 1e-5),
+        ("spectrum", ["lambda_max", "lambda_min", "ggn_sharpness", "residual_ratio", "neg_mass"], 1e-6),
         ("radius", ["norm", "ghost_ratio", "ghost_radius"], 1e-8),
         ("clip", ["ghost_ratio", "clip_scale"], 1e-8),
         ("layers-split", ["grad_norm", "noise_scale", "snr/net.0.weight", "update_ratio/net.2.bias"], 1e-7),
@@ -227,7 +238,12 @@ def test_noise_ratios_are_those_of_one_process_on_every_rank(ranks, name):
 def test_measurements_are_those_of_one_process_on_the_joined_batches(ranks, name, metrics, rel):
     single = scenario(name, 1)
     assert_same_weights(single, ranks[0][name], rel=1e-9)
-    prefix = {"curvature": "curvature", "layers-split": "layer"}.get(name, "step")
+    prefix = {
+        "curvature": "curvature",
+        "curvature-full": "curvature",
+        "spectrum": "spectrum",
+        "layers-split": "layer",
+    }.get(name, "step")
     assert list(single["rows"]) == list(ranks[0][name]["rows"]) == list(range(STEPS))
     for step, row in single["rows"].items():
         for metric in metrics:
