@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -30,20 +31,27 @@ STEPS = 4
 
 
 class Sharded(Net):
-    """Sizes that two ranks cannot share evenly, a layer of one row, a frozen bias; sharded layer by layer."""
+    """Sizes that two ranks cannot share evenly, a layer of one row, a frozen bias; sharded layer by layer.
 
-    def __init__(self, optimizer: str = "adamw", all_of_it: bool = True, lr: float = 0.01) -> None:
+    ``how``: ``"rows"``; ``"columns"`` for the first layer's; ``"in-part"``, the last layer left out; ``"replicated"``,
+    over a mesh of two dimensions.
+    """
+
+    def __init__(self, optimizer: str = "adamw", how: str = "rows", lr: float = 0.01) -> None:
         net = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 1), nn.Tanh(), nn.Linear(1, 5), nn.Tanh())
         super().__init__(nn.Sequential(net, nn.Linear(5, 4)), make=lambda m: make_optimizer(m, optimizer, lr))
         net[2].bias.requires_grad_(False)
-        self.all_of_it = all_of_it
+        self.how = how
 
     def configure_model(self) -> None:
         if self.trainer.world_size == 1 or any(isinstance(p, DTensor) for p in self.parameters()):
             return
         mesh = self.device_mesh["data_parallel"]
-        fully_shard(self.net[0][0], mesh=mesh)
-        fully_shard(self.net if self.all_of_it else self.net[0], mesh=mesh)
+        if self.how == "replicated":
+            mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+        columns = (lambda p: Shard(1 if p.ndim == 2 else 0)) if self.how == "columns" else None
+        fully_shard(self.net[0][0], mesh=mesh, shard_placement_fn=columns)
+        fully_shard(self.net[0] if self.how == "in-part" else self.net, mesh=mesh)
 
 
 def whole(module: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +62,7 @@ def whole(module: nn.Module) -> dict[str, Tensor]:
 def scenario(name: str, world: int, folder: Path | None = None) -> dict[str, Any]:
     """Run one scenario in ``world`` processes; the global batch is 16 samples whatever their number."""
     options: dict[str, Any] = {"max_steps": STEPS}
-    optimizer, callbacks, all_of_it, tensor = "adamw", list[Callback](), True, 1
+    optimizer, callbacks, how, tensor = "adamw", list[Callback](), "rows", 1
     match name:
         case "monitors":
             callbacks = [CurvatureMonitor(every_n_steps=1), StepRadius(every_n_steps=1), LayerMonitor(every_n_steps=1)]
@@ -77,8 +85,10 @@ def scenario(name: str, world: int, folder: Path | None = None) -> dict[str, Any
             callbacks = [CurvatureMonitor(every_n_steps=1, samples=1000, budget=None, tol=1e-4, max_products=100)]
         case "local-noise":
             callbacks = [LayerMonitor(noise="ranks")]
-        case "in-part":
-            callbacks, all_of_it = [StepRadius()], False
+        case "columns":
+            callbacks, how = [NoiseAdaptiveLR(), StepRadius(mode="clip", target=1e-3, samples=1000)], name
+        case "in-part" | "replicated":
+            callbacks, how = [StepRadius()], name
         case "tensor-parallel":
             callbacks, tensor = [StepRadius()], 2
         case "scion" | "muon":
@@ -92,7 +102,7 @@ def scenario(name: str, world: int, folder: Path | None = None) -> dict[str, Any
     data = classification_data()
     mine = DistributedSampler(data, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
     loader = DataLoader(data, batch_size=16 // world, sampler=mine, drop_last=True)
-    make = partial(Sharded, optimizer, all_of_it)
+    make = partial(Sharded, optimizer, how)
     checkpoint = None
     if name == "noise-resumed":
         _, trainer = fit([NoiseAdaptiveLR()], make, loader, **{**options, "max_steps": 2})
@@ -109,9 +119,9 @@ def scenario(name: str, world: int, folder: Path | None = None) -> dict[str, Any
     }
 
 
-MEASURED = ("layers", "layers-split", "noise", "noise-split", "radius", "radius-jvp", "clip", "curvature")
+MEASURED = ("layers", "layers-split", "noise", "noise-split", "radius", "radius-jvp", "clip", "curvature", "columns")
 NAMES = ("base", "monitors", "dry", *MEASURED, "noise-held", "noise-resumed")
-REFUSED = ("local-noise", "in-part", "tensor-parallel", "scion", "muon")
+REFUSED = ("local-noise", "in-part", "replicated", "tensor-parallel", "scion", "muon")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +182,7 @@ def test_a_resumed_run_takes_up_the_gradient_that_was_held(ranks):
     [
         ("local-noise", 'LayerMonitor\\(noise="ranks"\\) needs local gradients'),
         ("in-part", "parameter net.1.weight is not sharded.*fully_shard"),
+        ("replicated", "parameter net.0.0.weight is laid out as .*fully_shard"),
         ("tensor-parallel", "StepRadius does not support tensor parallelism"),
         ("scion", "Scion steps whole matrices"),
         ("muon", "MuonAdamW steps whole matrices"),
