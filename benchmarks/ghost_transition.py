@@ -224,7 +224,7 @@ def draw(results: list[dict[str, Any]]) -> Any:
         axes.set_yscale("log")
         axes.set_ylim(0.05, 100)
         style.label(axes, "r, step in ghost radii", "loss after / before", network)
-    style.legend(panels[0][0])
+    panels[0][0].legend(loc="upper left", frameon=False, fontsize=7.5, labelcolor=style.INK)
     return figure
 
 
