@@ -1,13 +1,14 @@
-# make demo   set up, train a language model on real text, watched and steered, ending in a report
-# make test   set up, run the tests
-# make check  lint and types
+# make demo    set up, train a language model on real text, watched and steered, ending in a report
+# make test    set up, run the tests
+# make check   lint and types
+# make matrix  every callback under every strategy and precision, written to docs/compatibility.md
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test check matrix lock clean
 
 setup: $(READY)
 
@@ -28,6 +29,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+matrix: setup
+	OMP_NUM_THREADS=1 EVOLUTE_MATRIX=all $(BIN)/pytest tests/callbacks/test_matrix.py
 
 # The lock is what this environment holds, without local build tags (torch 2.13.0+cpu is torch 2.13.0 elsewhere).
 lock:

@@ -27,7 +27,8 @@ class RunCheckpoint(Callback):
     next batch, when all that belongs to the step is done, and puts a resumed run back to that very point: random
     states of Python, NumPy, torch and CUDA on every rank, loop counters, and the rows of :class:`MetricsCSV`. With a
     data module that knows its position the next batch is the next batch. A checkpoint is written
-    beside its name and moved there whole.
+    beside its name and moved there whole. Under DeepSpeed it is a directory, to which every process writes its own
+    pieces; :func:`evolute.callbacks.zero_checkpoint.load_checkpoint` reads it as if one process had written it.
 
     Put it first among the callbacks, so that no other one acts on the next batch before the state is saved.
 
@@ -83,12 +84,19 @@ class RunCheckpoint(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
                 logger.flush()
-        trainer.save_checkpoint(temporary, weights_only=False)
         if trainer.is_global_zero:
+            _remove(temporary)  # of a killed process: its pieces must not get among ours
+        trainer.strategy.barrier()
+        trainer.save_checkpoint(temporary, weights_only=False)
+        if trainer.local_rank == 0:
             _to_disk(temporary)  # a machine that loses power must not be left with the name and not the content
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            if path.is_dir() or temporary.is_dir():  # which replace nothing
+                _remove(path)
             os.replace(temporary, path)
             for old in checkpoints(folder)[: -self.keep]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                _remove(old)
         trainer.strategy.barrier()
         self._saved_step = trainer.global_step
         return path
@@ -151,10 +159,21 @@ def _to_disk(path: Path) -> None:
                 os.fsync(opened.fileno())
 
 
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, which loses its name before the first of its files."""
+    if path.is_dir():
+        nameless = path.with_suffix(".old.tmp")
+        shutil.rmtree(nameless, ignore_errors=True)
+        path.rename(nameless)
+        shutil.rmtree(nameless)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _forget(run: Path, folder: str, step: int) -> None:
     """Remove what a killed process left behind: half a checkpoint, and arrays of steps that will be taken again."""
     for half in (run / folder).glob("*.tmp"):
-        shutil.rmtree(half) if half.is_dir() else half.unlink()
+        _remove(half)
     for arrays in (run / "arrays").rglob("*.npz"):
         if arrays.stem.isdigit() and int(arrays.stem) >= step:
             arrays.unlink()

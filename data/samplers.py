@@ -13,8 +13,9 @@ from typing_extensions import override
 class ResumableSampler(DistributedSampler[int]):
     """Epoch ``e`` visits the samples in a random order that depends on ``(seed, e)`` alone.
 
-    Every rank takes its strided part of that order; the last samples that do not divide among the ranks are dropped
-    for the epoch. It is a ``DistributedSampler`` so that Lightning leaves it in place under every strategy.
+    Every rank takes its strided part of that order, so that the batches of all ranks joined are the batch that one
+    process would take; the last samples that do not divide among the ranks are dropped for the epoch. It is a
+    ``DistributedSampler`` so that Lightning leaves it in place under every strategy.
 
     Args:
         size: number of samples in the data set.

@@ -246,10 +246,10 @@ class TextDataModule(L.LightningDataModule):
             "corpus_sha256": self.corpus_sha256,
             "tokenizer": self.tokenizer_name,
             "context": self.context,
-            "batch_size": self.batch_size,
+            # Over all ranks: they share out what one process would take, so their number may change.
+            "samples a batch": self.batch_size * self._world[1],
             "val_fraction": self.val_fraction,
             "seed": self.seed,
-            "world_size": self._world[1],
         }
 
     def _position(self) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from evolute.messages import fail
-from evolute.registry import check_yaml, nearest, recipes, resolve, summary
+from evolute.registry import check_yaml, nearest, recipes, resolve, strategies, summary
 from evolute.signals import listen
 
 USAGE = """usage: evolute COMMAND ...
@@ -13,7 +13,7 @@ USAGE = """usage: evolute COMMAND ...
   fit --config RECIPE       train; RECIPE is a packaged name (llm/pretrain) or a YAML file
   validate, test, predict   the same, for a trained run: add --ckpt_path FILE
   launch --config RECIPE    submit fit to SLURM, checked first; --dry-run prints the command
-  recipes                   list the packaged recipes
+  recipes                   list the packaged recipes, and the strategies to add: --config RECIPE --config strategy/ddp
   report RUN ...            write the HTML report of one run, or of several side by side
   export CHECKPOINT FOLDER  write a language model as a Hugging Face folder
   doctor                    versions, extras, devices, threads, as found on this machine
@@ -121,6 +121,9 @@ def _recipes(args: list[str]) -> int:
     if args:
         return fail(f"recipes takes no arguments, got {args[0]!r}")
     for name, path in recipes().items():
+        print(f"{name:24} {summary(path)}")
+    print("\nAdded to a recipe with a second --config:")
+    for name, path in strategies().items():
         print(f"{name:24} {summary(path)}")
     return 0
 

@@ -5,22 +5,26 @@ import os
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 import yaml
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from evolute.callbacks import MetricsCSV, RunCheckpoint, RunReport
 from evolute.callbacks.run_checkpoint import checkpoints
+from evolute.callbacks.zero_checkpoint import load_checkpoint
+from evolute.checkpoint_io import AnyCheckpointIO
 from evolute.folders import next_free
-from evolute.messages import Held, condense, fail
+from evolute.messages import Held, condense
+from evolute.ranks import follows, join, refuse
 from evolute.requeue import Interrupted, StopWhenTold, interruptible
 from evolute.run_folder import MakeLogger, RunFolder, tensorboard_logger, wandb_logger
 from evolute.signals import INTERRUPTED, listen, told
+from evolute.strategies import choose_accelerator
 
 
 class BadInput(Exception):
@@ -100,7 +104,7 @@ class RecipeCLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         if config.trainer.get("default_root_dir") is not None:
             raise BadInput(f"trainer.default_root_dir={config.trainer.default_root_dir!r}: name the folder with --run")
-        recipe = Path(self.names[0]).stem if self.names else "run"
+        recipe = next((Path(name).stem for name in self.names if not name.startswith("strategy/")), "run")
         self.folder = Path(config.run) if config.run else next_free(Path("runs"), recipe)
         self.ckpt: Path | None = Path(config.ckpt_path) if config.get("ckpt_path") else None
         if self.subcommand == "fit":
@@ -133,7 +137,7 @@ class RecipeCLI(LightningCLI):
         config: dict[str, Any] = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         chosen: list[Callback] = config.get("callbacks") or []
         config.update(default_root_dir=str(self.folder), enable_checkpointing=False)
-        config.update(plugins=own_requeue(config.get("plugins")))
+        config.update(plugins=any_checkpoint(own_requeue(config.get("plugins"))))
         if self.subcommand != "fit":
             start = {f"on_{stage}_start": lambda *_: self.held.release() for stage in ("validation", "test", "predict")}
             config.update(callbacks=[LambdaCallback(**start), *chosen], logger=False)
@@ -187,6 +191,12 @@ def own_requeue(plugins: Any) -> Any:
     return [*given, SLURMEnvironment(auto_requeue=False)]
 
 
+def any_checkpoint(plugins: Any) -> Any:
+    """Add to a trainer's plugins, unless the configuration has its own, what opens checkpoints of other strategies."""
+    given: list[Any] = plugins if isinstance(plugins, list) else [] if plugins is None else [plugins]
+    return plugins if any(isinstance(plugin, CheckpointIO) for plugin in given) else [*given, AnyCheckpointIO()]
+
+
 def check_checkpoint(path: Path, model: str) -> None:
     """Refuse a checkpoint that is missing, truncated, or of another recipe, before anything is built.
 
@@ -195,15 +205,13 @@ def check_checkpoint(path: Path, model: str) -> None:
     """
     if not path.exists():
         raise BadInput(f"no checkpoint at {path}")
-    if path.is_dir():  # sharded checkpoints are read by their strategy
-        return
     try:
-        content = torch.load(path, weights_only=True, map_location="meta", mmap=True)
+        content = load_checkpoint(path, "meta")
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # zip, pickle and end-of-file errors, which tell the user no more than this
-        raise BadInput(f"{path} is no checkpoint, or was truncated") from error
-    owner = content.get("evolute", {}).get("module") if isinstance(content, dict) else None
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    owner = content.get("evolute", {}).get("module")
     if owner is None:
         raise BadInput(f"{path} was not written by an evolute run")
     if owner != model and owner != _real_path(model):
@@ -223,12 +231,14 @@ def train(command: str, args: list[str], names: list[str]) -> int:
     Errors before the first batch are the user's to mend and get one line, with nothing beside it: warnings and log
     entries wait until the run starts. Later errors keep their traceback; EVOLUTE_DEBUG=1 keeps it always.
     """
-    held = Held()
+    join()
+    choose_accelerator()
+    held = Held(quiet=follows())
     try:
         with interruptible(told):
             cli = RecipeCLI(names, [command, *args], held)
     except BadInput as error:
-        return fail(str(error))
+        return refuse(str(error))
     except Interrupted as interrupted:
         # One rank speaks for all: srun ends the other tasks as soon as one leaves with a code that is not 0, and the
         # first rank may still be writing its report.
@@ -240,14 +250,14 @@ def train(command: str, args: list[str], names: list[str]) -> int:
         if held.released or os.environ.get("EVOLUTE_DEBUG"):
             raise
         plain = isinstance(error, MisconfigurationException | ValueError | OSError | ImportError | RuntimeError)
-        return fail(condense(str(error) if plain else f"{type(error).__name__}: {error}") or type(error).__name__)
+        return refuse(condense(str(error) if plain else f"{type(error).__name__}: {error}") or type(error).__name__)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning ends so after Ctrl-C
             return 130
         raise
     finally:
         held.close()
-    if command == "fit" and not held.released:
+    if command == "fit" and not held.released and not follows():
         step = cli.trainer.global_step
         print(f"{cli.folder} is finished, at step {step}: a larger trainer.max_steps or max_epochs would continue it")
     return 0

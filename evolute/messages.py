@@ -36,7 +36,11 @@ def condense(message: str, known: Iterable[str] = ()) -> str:
     if len(attempts) == 2:
         first = re.match(r"(\s*)- ", text)
         if first:
-            text = re.split(rf"\n{first[1]}- |\n\s*Given value", text)[0].lstrip(" -")
+            each = [attempt.lstrip(" -") for attempt in re.split(rf"\n{first[1]}- ", text)]
+            # Keys under a name that could also be a plain string: that it is no string says nothing.
+            keys = re.search(r"Given value type: <class '\S*(dict|Namespace|NestedArg)'>", each[-1])
+            text = next((a for a in each if not (keys and a.startswith("Expected a <class 'str'>"))), each[0])
+            text = re.split(r"\n\s*Given value", text)[0]
     text = " ".join(text.split())
     text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"one of \1", text).replace("Expected a one of", "expected one of")
@@ -75,17 +79,23 @@ class Held:
 
     What says nothing about the run is dropped in either case.
 
+    Args:
+        quiet: show errors only, later too: another process says the rest.
+
     Attributes:
         released: whether the run started.
     """
 
     NOISE = re.compile(
         "litlogger|GPU available|TPU available|HPU available|Seed set to|Detected KeyboardInterrupt|Restor|"
-        "Loaded model|does not have many workers|LeafSpec.*is deprecated|dataloader is not resumable"
+        "Loaded model|does not have many workers|LeafSpec.*is deprecated|dataloader is not resumable|"
+        "initializing deepspeed distributed|saving the DeepSpeed Stage 3 checkpoint|torch.distributed.* is deprecated|"
+        "`srun` command is available"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.released = False
+        self._quiet = quiet
         self._entries: list[Callable[[], Any]] = []
         self._show = warnings.showwarning
         warnings.showwarning = self._hold_warning
@@ -108,13 +118,13 @@ class Held:
             handler.removeFilter(entry_filter)
 
     def _hold_warning(self, message: Any, *args: Any, **kwargs: Any) -> None:
-        if not self.NOISE.search(str(message)):
+        if not self._quiet and not self.NOISE.search(str(message)):
             show = functools.partial(self._show, message, *args, **kwargs)
             show() if self.released else self._entries.append(show)
 
     def _filter(self, handler: logging.Handler) -> Callable[[logging.LogRecord], bool]:
         def passes(entry: logging.LogRecord) -> bool:
-            if self.NOISE.search(entry.getMessage()):
+            if (self._quiet and entry.levelno < logging.ERROR) or self.NOISE.search(entry.getMessage()):
                 return False
             if not self.released:
                 self._entries.append(lambda: handler.handle(entry))

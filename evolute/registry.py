@@ -1,4 +1,8 @@
-"""The packaged recipes: ``recipes/<task>/configs/<name>.yaml``, known by ``<task>/<name>``. Imports nothing heavy."""
+"""The packaged configurations, by name. Imports nothing heavy.
+
+``recipes/<task>/configs/<name>.yaml`` is the recipe ``<task>/<name>``; ``recipes/configs/strategy/<name>.yaml`` is what
+``strategy/<name>`` adds to one.
+"""
 
 import difflib
 from collections.abc import Iterable
@@ -12,8 +16,13 @@ def recipes() -> dict[str, Path]:
     return {f"{p.parent.parent.name}/{p.stem}": p for p in sorted(RECIPES.glob("*/configs/*.yaml"))}
 
 
+def strategies() -> dict[str, Path]:
+    """Return what can be added to any recipe with a second ``--config``, name to file."""
+    return {f"strategy/{p.stem}": p for p in sorted(RECIPES.glob("configs/strategy/*.yaml"))}
+
+
 def summary(path: Path) -> str:
-    """Return the first comment line of a recipe: what it is."""
+    """Return the first comment line of a configuration: what it is."""
     for line in path.read_text().splitlines():
         if line.startswith("#") and line.strip("# "):
             return line.strip("# ")
@@ -21,7 +30,7 @@ def summary(path: Path) -> str:
 
 
 def resolve(name: str) -> Path:
-    """Return the file of a configuration: a local path if there is one, else a packaged recipe.
+    """Return the file of a configuration: a local path if there is one, else a packaged one.
 
     Raises:
         ValueError: if neither exists, with the nearest names.
@@ -29,7 +38,7 @@ def resolve(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    known = recipes()
+    known = recipes() | strategies()
     if name in known:
         return known[name]
     raise ValueError(f"no recipe or file named {name!r}{nearest(name, known)}; 'evolute recipes' lists the recipes")

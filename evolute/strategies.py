@@ -1,17 +1,36 @@
-"""DeepSpeed with exact gradient accumulation: on GPUs, and on CPU processes to try a ZeRO configuration on a laptop."""
+"""What Lightning's strategies lack: DeepSpeed with exact accumulation and checkpoints that open everywhere, on GPUs
+and, to try a configuration on a laptop, on CPU processes; and FSDP2 without numbers to fill in.
+"""
 
 import argparse
+import importlib.util
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
+
+from evolute.callbacks.zero_checkpoint import layout, load_checkpoint
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, that there is no GPU: else it says on the terminal that it guesses so."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+choose_accelerator()  # jsonargparse imports DeepSpeed when it looks at the arguments of a strategy
 
 
 class ZeROStrategy(DeepSpeedStrategy):
@@ -30,6 +49,45 @@ class ZeROStrategy(DeepSpeedStrategy):
     """
 
     strategy_name = "zero"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs DeepSpeed: pip install 'evolute[deepspeed]', or leave the strategy out"
+            )
+        super().__init__(*args, **kwargs)
+
+    @override
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CUDAAccelerator):
+            raise MisconfigurationException(
+                "ZeROStrategy trains on GPUs: on processors use CPUDeepSpeedStrategy (--config strategy/zero2_cpu)"
+            )
+        super().setup_environment()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint of any stage and any number of processes, or a file of a single process.
+
+        What the same stage and number of processes wrote is read by DeepSpeed, each rank its own pieces; anything else
+        by every rank whole (see :func:`evolute.zero_state.restore`). Both unpickle tensors and plain data only.
+        """
+        from evolute import zero_state
+
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and path.is_dir() and layout(path) == (self._stage, self.world_size):
+            with zero_state.weights_only(self.deepspeed_engine):
+                return super().load_checkpoint(path)
+        content = load_checkpoint(path)
+        zero_state.restore(self, content)
+        return content
+
+    @property
+    def _stage(self) -> int:
+        assert isinstance(self.config, dict)
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
     @property
     @override
@@ -75,7 +133,15 @@ class CPUDeepSpeedStrategy(ZeROStrategy):
     strategy_name = "deepspeed_cpu"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"process_group_backend": "gloo", **kwargs})
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        kwargs.setdefault("process_group_backend", "gloo")
+        super().__init__(*args, **kwargs)  # spelt so that jsonargparse finds the parent's arguments
+        zero = self.config.get("zero_optimization", {}) if isinstance(self.config, dict) else {}
+        if offloaded := [key for key in ("offload_optimizer", "offload_param") if zero.get(key)]:
+            raise MisconfigurationException(
+                f"CPUDeepSpeedStrategy with {offloaded[0]}: on processors all is in their memory already, and "
+                "DeepSpeed would compile its CPUAdam for minutes. Leave offloading out (--config strategy/zero3_cpu)"
+            )
 
     @override
     def setup_environment(self) -> None:
@@ -105,6 +171,30 @@ class CPUDeepSpeedStrategy(ZeROStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         with _rank_as_device(self):
             super()._initialize_deepspeed_inference(model)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's ``ModelParallelStrategy`` with all devices for the data, and checkpoints in one ordinary file.
+
+    The module shards itself in ``configure_model``, with ``fully_shard`` over ``self.device_mesh["data_parallel"]``.
+
+    Args:
+        process_group_backend: of torch.distributed; by default what suits the device.
+        timeout: of collectives.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta = timedelta(seconds=1800)) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 @contextmanager

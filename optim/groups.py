@@ -106,6 +106,20 @@ def refuse_shards(params: Iterable[Tensor], who: str) -> None:
             )
 
 
+def refuse_pieces(params: Iterable[Tensor], who: str) -> None:
+    """Refuse, in a step, flat tensors that took the place of matrices: DeepSpeed ZeRO steps pieces of many parameters.
+
+    Raises:
+        RuntimeError: naming what to use instead.
+    """
+    for p in params:
+        if p.ndim < 2:
+            raise RuntimeError(
+                f"{who} steps whole matrices, and finds a flat tensor of {p.numel()} elements in place of one, as "
+                'DeepSpeed ZeRO puts it: use torch.optim.AdamW, or Trainer(strategy="ddp")'
+            )
+
+
 def _norm_of(name: str, p: Tensor, is_sign: bool, is_filter: bool) -> Norm:
     dimensions = len(_shape(p))
     if dimensions < 2:

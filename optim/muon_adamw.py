@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from typing_extensions import override
 
-from evolute.optim.groups import parameter_groups, refuse_shards
+from evolute.optim.groups import parameter_groups, refuse_pieces, refuse_shards
 
 Algorithm = Literal["muon", "adamw"]
 
@@ -101,11 +101,18 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; ``closure``, if given, is evaluated once, before ``param_groups`` is read."""
+        """Take one step; ``closure``, if given, is evaluated once, before ``param_groups`` is read.
+
+        Raises:
+            RuntimeError: if a Muon group's matrix was replaced by a flat piece (DeepSpeed ZeRO).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_pieces(
+            (p for group in self.param_groups if group["algorithm"] == "muon" for p in group["params"]), "MuonAdamW"
+        )
         for algorithm, inner in self._inner.items():
             inner.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             inner.state = self.state

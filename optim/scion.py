@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from evolute.geometry.norms.lmo import METHODS, NORMS, Method, batched_lmo, norm_scale
-from evolute.optim.groups import parameter_groups, refuse_shards
+from evolute.optim.groups import parameter_groups, refuse_pieces, refuse_shards
 
 # Radius of each norm relative to lr, in the scaled norms: a hidden layer's output moves by at most lr (RMS to RMS), a
 # gain by lr, an entry of an embedding or head by SIGN_SCALE * lr / width.
@@ -104,7 +104,7 @@ class Scion(Optimizer):
         Parameters without a gradient are left alone, momentum included.
 
         Raises:
-            RuntimeError: if a gradient is sparse.
+            RuntimeError: if a gradient is sparse, or a matrix was replaced by a flat piece (DeepSpeed ZeRO).
         """
         loss = None
         if closure is not None:
@@ -116,6 +116,7 @@ class Scion(Optimizer):
         params = [p for p, _, _ in work]
         grads = [g for _, g, _ in work]
         groups = [group for _, _, group in work]
+        refuse_pieces((p for p, group in zip(params, groups, strict=True) if group["norm"] == "spectral"), "Scion")
         if any(g.is_sparse for g in grads):
             raise RuntimeError("Scion does not step sparse gradients: build the embedding with sparse=False")
         buffers = [self._momentum(p) for p in params]

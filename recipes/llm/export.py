@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from evolute.callbacks.zero_checkpoint import load_checkpoint
 from evolute.data.tokenizers import HFTokenizer, load_tokenizer, one_line
 from evolute.recipes.llm.pretrain import CONFIG_KEY
 
@@ -17,7 +16,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     plain data.
 
     Args:
-        checkpoint: a checkpoint written by a Trainer.
+        checkpoint: a checkpoint written by a Trainer: a file, or the directory of a run under DeepSpeed.
         folder: where to write; made if missing.
 
     Returns:
@@ -28,13 +27,13 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
         ValueError: if it cannot be read, or is not one of ``Pretrain``.
     """
     path = Path(checkpoint)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"export({str(path)!r}): no such checkpoint")
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and end-of-file errors
+        state = load_checkpoint(path)
+    except ValueError as error:
         raise ValueError(f"export({str(path)!r}): not a readable checkpoint ({one_line(error)})") from error
-    if not isinstance(state, dict) or CONFIG_KEY not in state:
+    if CONFIG_KEY not in state:
         raise ValueError(f"export({str(path)!r}): not a checkpoint of Pretrain (it has no {CONFIG_KEY!r})")
 
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from evolute.callbacks.access import shape_of
 from evolute.data.tokenizers import Tokenizer, one_line
 
 # A Llama of 0.83 M parameters with the byte vocabulary.
@@ -77,7 +78,7 @@ def check_fit(model: nn.Module, tokenizer: Tokenizer | None) -> int:
     Raises:
         ValueError: if the tokenizer has more ids than the model.
     """
-    size = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore
+    size = int(shape_of(model.get_input_embeddings().weight)[0])  # pyright: ignore
     if tokenizer is not None and tokenizer.vocab_size > size:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids, the model's vocabulary {size}: "

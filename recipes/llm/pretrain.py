@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from evolute.callbacks.access import shape_of
 from evolute.data.tokenizers import Tokenizer
 from evolute.recipes.llm.network import build, check_fit, load
 from evolute.recipes.llm.samples import forget_samples, sample, write_samples
 from evolute.recipes.llm.schedules import Schedule, lr_factor
+from evolute.recipes.llm.sharding import born_in_pieces, loaded_in_pieces, refuse_whole_matrices, shard
 
 CONFIG_KEY = "hf_config"
 """Key of the Hugging Face configuration in a checkpoint."""
@@ -128,12 +130,16 @@ class Pretrain(L.LightningModule):
         arguments: Any = self.hparams
         tokenizer = self._tokenizer
         if arguments.model is None:
-            model = build(arguments.config, arguments.vocab_size, tokenizer, arguments.attn_implementation)
+            with born_in_pieces(self._trainer):
+                model = build(arguments.config, arguments.vocab_size, tokenizer, arguments.attn_implementation)
         else:
-            model = load(arguments.model, arguments.attn_implementation)
+            with loaded_in_pieces(self._trainer):
+                model = load(arguments.model, arguments.attn_implementation)
             model.train()
         # Kept with the arguments, so that a checkpoint makes the same model without the data.
         self.hparams["vocab_size"] = check_fit(model, tokenizer)
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh)
         self.model = model
 
     @property
@@ -199,7 +205,8 @@ class Pretrain(L.LightningModule):
                 f"the loss was not finite {self._nonfinite_in_a_row} step(s) in a row, last at step "
                 f"{self.trainer.global_step}: lower lr={self.lr}, clip gradients, or look at the data"
             )
-        # An optimizer passes over parameters without a gradient: no step, no decay, moments as they were.
+        # An optimizer passes over parameters without a gradient: no step, no decay, moments as they were. DeepSpeed,
+        # which holds the gradients elsewhere, makes no step of its own accord when their norm is not finite.
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -271,6 +278,8 @@ class Pretrain(L.LightningModule):
         }
 
     def _optimizer(self) -> Optimizer:
+        if self.optimizer_name in ("scion", "muon_adamw"):
+            refuse_whole_matrices(self.trainer, self.optimizer_name)
         if self.optimizer_name == "scion":
             from evolute.optim import Scion
 
@@ -282,7 +291,7 @@ class Pretrain(L.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         if self.optimizer_name == "sgd":
             return torch.optim.SGD(trained, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
-        matrices: list[nn.Parameter] = [p for p in trained if p.ndim >= 2]
-        vectors: list[nn.Parameter] = [p for p in trained if p.ndim < 2]
+        matrices: list[nn.Parameter] = [p for p in trained if len(shape_of(p)) >= 2]
+        vectors: list[nn.Parameter] = [p for p in trained if len(shape_of(p)) < 2]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, betas=(0.9, 0.95))

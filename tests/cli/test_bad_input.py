@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from evolute.recipes.llm import Pretrain
 from tests.cli.conftest import ENVIRONMENT, EXECUTABLE, Result, execute, recipe
 
 CALLBACK = "trainer.callbacks.0"
@@ -35,6 +36,17 @@ def refused(result: Result, *parts: str) -> None:
     assert result.out == ""
     for part in parts:
         assert part in result.err, (part, result.err)
+
+
+class TwoOptimizers(Pretrain):
+    """What no ZeRO can shard."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=0.1) for p in list(self.parameters())[:2]], []
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +79,7 @@ def shelf(tmp_path_factory, corpus, evolute) -> Path:
 
 
 HF = {"model.init_args.config": ..., "model.init_args.model": "SHELF/model64"}
+ZERO = ["--config", "strategy/zero2_cpu", "--trainer.devices", "1"]
 # name: (changes of the recipe, more arguments, what the line says)
 CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "key-top": ({"trainr": {"max_steps": 3}}, [], ["'trainr", "did you mean 'trainer'"]),
@@ -101,6 +114,24 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "nothing-to-adapt": ({f"{CALLBACK}.init_args.layers": "nothing.*"}, [], ["'nothing.*'", "nothing to adapt"]),
     "strategy-fsdp": ({}, ["--trainer.strategy", "fsdp"], ["fsdp"]),
     "strategy-deepspeed": ({}, ["--trainer.strategy", "deepspeed"], ["DeepSpeed"]),
+    "zero-scion": ({"model.init_args.optimizer": "scion"}, ZERO, ["'scion'", "whole matrices", "optimizer adamw"]),
+    "zero-muon": ({"model.init_args.optimizer": "muon_adamw"}, ZERO, ["'muon_adamw'", "whole matrices"]),
+    "zero-optimizers": (
+        {"model.class_path": "tests.cli.test_bad_input.TwoOptimizers", "trainer.callbacks": []}, ZERO,
+        ["single optimizer"],
+    ),
+    "zero-on-processors": ({}, ["--config", "strategy/zero3", "--trainer.accelerator", "cpu"], ["strategy/zero2_cpu"]),
+    "zero-offload": (
+        {}, ["--config", "strategy/zero3_offload", "--trainer.accelerator", "cpu"], ["GPUs", "strategy/zero2_cpu"]
+    ),
+    "zero-offload-cpu": (
+        {}, [*ZERO, "--trainer.strategy.init_args.offload_optimizer", "true"], ["offload_optimizer", "CPUAdam"]
+    ),
+    "zero-argument": ({}, [*ZERO, "--trainer.strategy.init_args.stge", "2"], ["'stge'", "did you mean 'stage'"]),
+    "fsdp2-scion": (
+        {"model.init_args.optimizer": "scion"}, ["--config", "strategy/fsdp2", "--trainer.devices", "1"],
+        ["'scion'", "whole matrices"],
+    ),
     "strategy-unknown": ({}, ["--trainer.strategy", "dpd"], ["dpd"]),
     "alpha": ({f"{CALLBACK}.init_args.alpha": 0}, [], ["NoiseAdaptiveLR(alpha=0.0)", "above 0"]),
     "every_n_steps": ({f"{CALLBACK}.init_args.every_n_steps": 0}, [], ["every_n_steps=0", "at least 1"]),
@@ -112,6 +143,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "checkpoint-text": ({}, ["--ckpt_path", "SHELF/text.ckpt"], ["SHELF/text.ckpt", "no checkpoint"]),
     "checkpoint-unsafe": ({}, ["--ckpt_path", "SHELF/unsafe.ckpt"], ["SHELF/unsafe.ckpt", "no checkpoint"]),
     "checkpoint-other": ({}, ["--ckpt_path", "SHELF/other.ckpt"], ["of elsewhere.Ranker", "not of evolute.recipes"]),
+    "checkpoint-folder": ({}, ["--ckpt_path", "SHELF/empty"], ["SHELF/empty", "'latest'"]),
     "checkpoint-foreign": ({}, ["--ckpt_path", "SHELF/foreign.ckpt"], ["not written by an evolute run"]),
     "checkpoint-other-data": (
         {"data.init_args.context": 16}, ["--ckpt_path", "SHELF/run/checkpoints/step=00000006.ckpt"],
@@ -205,7 +237,8 @@ def test_the_executable_says_the_same(case, parts, evolute, shelf, corpus, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("key", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboard"), ("model", "transformers")]
+    ("key", "package"),
+    [("wandb", "wandb"), ("tensorboard", "tensorboard"), ("model", "transformers"), ("zero", "deepspeed")],
 )
 def test_a_missing_extra_says_what_to_install(key, package, corpus, tmp_path):
     blocker = tmp_path / "site"
@@ -227,8 +260,8 @@ def test_a_missing_extra_says_what_to_install(key, package, corpus, tmp_path):
     work.mkdir()
     recipe(work, corpus)
     before = contents(work)
-    extra = "llm" if key == "model" else key
-    options = [] if key == "model" else [f"--{key}", "true"]
+    extra = {"model": "llm", "zero": "deepspeed"}.get(key, key)
+    options = {"model": [], "zero": ["--config", "strategy/zero2_cpu"]}.get(key, [f"--{key}", "true"])
     path = f"{blocker}{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"
     refused(execute("fit", "--config", "tiny.yaml", *options, cwd=work, PYTHONPATH=path), f"evolute[{extra}]")
     assert contents(work) == before

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from evolute.optim import Scion, parameter_groups, parameter_norms
+from evolute.optim import MuonAdamW, Scion, parameter_groups, parameter_norms
 
 
 class Tied(nn.Module):
@@ -120,3 +120,17 @@ def test_refusals_name_the_pattern(overrides, value):
 def test_nothing_trainable_is_refused():
     with pytest.raises(ValueError, match="Linear has no trainable parameter"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("make", [Scion, MuonAdamW])
+def test_a_flat_piece_in_place_of_a_matrix_is_refused_not_stepped(make):
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    optimizer = make(module)
+    (group,) = (g for g in optimizer.param_groups if any(p is module[0].weight for p in g["params"]))
+    piece = nn.Parameter(module[0].weight.detach().flatten()[:10].clone())
+    piece.grad = torch.ones_like(piece)
+    group["params"] = [piece]
+    before = piece.detach().clone()
+    with pytest.raises(RuntimeError, match="flat tensor of 10 elements"):
+        optimizer.step()
+    assert torch.equal(piece, before)

@@ -1,0 +1,90 @@
+"""Two processes that Lightning starts itself are one run: one voice, one run folder, and neither outlives the other."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evolute.registry import strategies
+from tests.cli.conftest import ENVIRONMENT, EXECUTABLE, execute, recipe
+from tests.cli.test_bad_input import contents, refused
+from tests.cli.test_kill import children, rows, state
+
+PAIR = ["--config", "strategy/ddp", "--trainer.devices", "2", "--data.init_args.batch_size", "4"]
+SLOW = [{"class_path": "tests.cli.test_kill.Slow"}]
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_ranks_speak_and_write_once(corpus, tmp_path):
+    recipe(tmp_path, corpus, **{"trainer.enable_model_summary": True})
+    result = execute("fit", "--config", "tiny.yaml", *PAIR, cwd=tmp_path)
+    assert result.code == 0, result.err
+    for line in ("run folder: runs/tiny-1", "Report: "):
+        assert result.out.count(line) == 1, result.out
+    said = [line for line in (result.out + result.err).splitlines() if any(c.isalpha() for c in line)]
+    assert len(said) == len(set(said)), said
+    assert "rank" not in result.err.lower()
+    assert [int(r["step"]) for r in rows(tmp_path / "runs" / "tiny-1")] == list(range(6))
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["tiny-1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--config", "strategy/zero2_cpu", "--model.init_args.optimizer", "scion"], ["'scion'", "whole matrices"]),
+        ([*PAIR, "--data.init_args.batch_size", "1000"], ["use more text"]),
+    ],
+    ids=["zero", "data"],
+)
+def test_what_two_ranks_refuse_is_said_once(args, parts, corpus, tmp_path):
+    recipe(tmp_path, corpus)
+    before = contents(tmp_path)
+    refused(execute("fit", "--config", "tiny.yaml", *args, cwd=tmp_path), *parts)
+    assert contents(tmp_path) == before
+
+
+def until(condition: Any, limit: float) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_neither_rank_outlives_the_other(victim, corpus, tmp_path):
+    recipe(tmp_path, corpus, **{"trainer.max_steps": 100000, "trainer.callbacks": SLOW})
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [EXECUTABLE, "fit", "--config", "tiny.yaml", *PAIR],
+            cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    second = 0
+    try:
+        until(lambda: log.read_text().count("TRAINING") > 6 or process.poll() is not None, 240)
+        (second,) = children(process.pid)
+        os.kill(process.pid if victim == "first" else second, signal.SIGKILL)
+        assert process.wait(60) != 0
+        until(lambda: state(second) == "Z", 60)
+    finally:
+        for pid in (process.pid, second):
+            if pid and state(pid) != "Z":
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert "rror" in log.read_text()
+
+
+def test_the_packaged_strategies_are_listed_apart_and_say_what_they_are(evolute, tmp_path):
+    result = evolute("recipes", cwd=tmp_path)
+    first, _, second = result.out.partition("\n\n")
+    assert "strategy/" not in first
+    for name, path in strategies().items():
+        assert f"\n{name} " in second
+        text = Path(path).read_text()
+        assert f"--config {name}" in text
+        assert all(len(line) <= 200 for line in text.splitlines())

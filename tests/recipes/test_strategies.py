@@ -1,0 +1,249 @@
+"""Every recipe under every strategy: the loss of one process, and checkpoints that go from one strategy to another.
+
+The file is also the script of two processes, which train one run after the other with the command line's own function.
+"""
+
+import copy
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from evolute.callbacks.zero_checkpoint import layout, load_checkpoint
+from evolute.registry import recipes, strategies
+from tests.processes import run_pair
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS, SAVED, GLOBAL_BATCH = 50, 20, 8
+LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+TINY: dict[str, dict[str, Any]] = {
+    "llm/pretrain": {
+        "model": {"config": {"model_type": "llama", **LLAMA}, "optimizer": "adamw", "lr": 0.01, "sample_tokens": 4},
+        "data": {"source": "FOLDER/corpus", "context": 24, "val_fraction": 0.1},
+    }
+}
+"""What makes a recipe small enough for a test. Every packaged recipe must be here."""
+
+
+def write(folder: Path, name: str) -> None:
+    """Write a packaged recipe as ``<task>-<name>.yaml``: small, and with callbacks that do not look at the clock."""
+    config = yaml.safe_load(recipes()[name].read_text())
+    for part, values in copy.deepcopy(TINY[name]).items():
+        config[part]["init_args"].update(values)
+    config["data"]["init_args"]["source"] = str(folder / "corpus")
+    config["data"]["init_args"]["batch_size"] = GLOBAL_BATCH
+    for callback in config["trainer"]["callbacks"]:
+        callback["init_args"]["every_n_steps"] = 15
+        if "budget" in callback["init_args"] or callback["class_path"].endswith(("Monitor", "StepRadius")):
+            callback["init_args"]["budget"] = None
+    config["trainer"].update(
+        max_steps=STEPS, val_check_interval=SAVED // 2, limit_val_batches=None, log_every_n_steps=1,
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    (folder / f"{name.replace('/', '-')}.yaml").write_text(yaml.safe_dump(config))
+
+
+def write_all(folder: Path) -> None:
+    (folder / "corpus").mkdir()
+    for i in range(60):
+        (folder / "corpus" / f"{i}.txt").write_text(f"{i} green bottles hang on the wall, {i * i} on the floor\n" * 4)
+    for name in recipes():
+        write(folder, name)
+    for stage in (1, 2, 3):
+        # The default threshold would leave every parameter of so small a model whole.
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        config = {"zero_allow_untested_optimizer": True, "zero_optimization": zero}
+        strategy = {"class_path": "evolute.strategies.CPUDeepSpeedStrategy", "init_args": {"config": config}}
+        text = yaml.safe_dump({"trainer": {"devices": 2, "strategy": strategy}})
+        (folder / f"zero{stage}.yaml").write_text(text)
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(Callback):
+    """Ends the process, as far as a test can, after so many optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step >= self.step:
+            raise Killed
+
+
+def fit(folder: Path, recipe: str, run: str, *arguments: str, configs: tuple[str, ...] = (), batch: int = 4) -> None:
+    """Run ``evolute fit`` in this process."""
+    from evolute.cli import train
+
+    files = [str(folder / f"{recipe.replace('/', '-')}.yaml"), *configs]
+    args = [word for file in files for word in ("--config", file)]
+    args += ["--run", str(folder / recipe / run), "--checkpoint_every", str(SAVED)]
+    args += ["--data.init_args.batch_size", str(batch), *arguments]
+    assert train("fit", args, [recipe]) == 0
+
+
+def kill_at(step: int) -> tuple[str, str]:
+    callback = {"class_path": "tests.recipes.test_strategies.KillAt", "init_args": {"step": step}}
+    return "--trainer.callbacks+", json.dumps(callback)
+
+
+def pair(folder: Path) -> None:
+    """What two processes do."""
+    for recipe in recipes():
+        for stage in (1, 2, 3):
+            zero = (str(folder / f"zero{stage}.yaml"),)
+            fit(folder, recipe, f"zero{stage}", configs=zero)
+            if stage > 1:
+                try:
+                    fit(folder, recipe, f"cut{stage}", *kill_at(SAVED + 3), configs=zero)
+                    raise AssertionError
+                except Killed:
+                    pass
+                fit(folder, recipe, f"cut{stage}", "--resume", "true", configs=zero)
+            fit(
+                folder, recipe, f"bf16-{stage}", "--trainer.precision", "bf16-mixed",
+                configs=zero,
+            )  # fmt: skip
+        for stage, source in ((3, "zero2"), (2, "zero3"), (1, "single")):
+            saved = str(checkpoint(folder, recipe, source, SAVED * 2))
+            fit(folder, recipe, f"{source}-{stage}", "--ckpt_path", saved, configs=(str(folder / f"zero{stage}.yaml"),))
+        for name in ("ddp", "fsdp2"):
+            fit(folder, recipe, name, "--trainer.devices", "2", configs=(str(strategies()[f"strategy/{name}"]),))
+
+
+def checkpoint(folder: Path, recipe: str, run: str, step: int) -> Path:
+    return folder / recipe / run / "checkpoints" / f"step={step:08d}.ckpt"
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if v and "time" not in k and "per_s" not in k} for row in table]
+
+
+def losses(folder: Path, recipe: str, run: str) -> dict[int, float]:
+    """Return the validation loss by step."""
+    return {int(r["step"]) + 1: float(r["val/loss"]) for r in rows(folder / recipe / run) if "val/loss" in r}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("strategies")
+    write_all(folder)
+    for recipe in recipes():
+        fit(folder, recipe, "single", batch=GLOBAL_BATCH)
+    run_pair(__file__, folder, 850)
+    return folder
+
+
+def test_every_recipe_has_a_tiny_version():
+    assert TINY.keys() == recipes().keys()
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("run", ["zero1", "zero2", "zero3", "ddp", "fsdp2"])
+def test_two_processes_reach_the_loss_of_one_on_the_same_batches(runs, recipe, run):
+    single, found = losses(runs, recipe, "single"), losses(runs, recipe, run)
+    assert found.keys() == single.keys()
+    assert STEPS in found
+    for step, loss in single.items():
+        assert found[step] == pytest.approx(loss, rel=0.01), step
+    assert single[STEPS] < 0.9 * single[SAVED // 2]
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_begins_as_float32_does(runs, recipe, stage):
+    bf16, fp32 = (
+        [float(r["train/loss"]) for r in rows(runs / recipe / run) if "train/loss" in r][:4]
+        for run in (f"bf16-{stage}", f"zero{stage}")
+    )
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 != fp32
+
+
+def plain(value: Any) -> Any:
+    """Make values comparable, without what the clock says."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in ("spent", "elapsed")}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return (str(value.dtype), value.tolist()) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_and_resumed_equals_uninterrupted(runs, recipe, stage):
+    whole, cut = (load_checkpoint(checkpoint(runs, recipe, f"{run}{stage}", STEPS)) for run in ("zero", "cut"))
+    assert whole.keys() == cut.keys()
+    for key in whole:
+        if key == "callbacks":
+            whole[key], cut[key] = ({k: v for k, v in c[key].items() if "KillAt" not in k} for c in (whole, cut))
+        assert plain(whole[key]) == plain(cut[key]), key
+    assert rows(runs / recipe / f"zero{stage}") == rows(runs / recipe / f"cut{stage}")
+    assert [p.name for p in sorted((runs / recipe / f"cut{stage}" / "checkpoints").iterdir())] == [
+        f"step={2 * SAVED:08d}.ckpt", f"step={STEPS:08d}.ckpt",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("run", ["zero2-3", "zero3-2", "single-1"])
+def test_a_checkpoint_goes_on_under_another_stage(runs, recipe, run):
+    source = losses(runs, recipe, run.split("-")[0])
+    assert losses(runs, recipe, run)[STEPS] == pytest.approx(source[STEPS], rel=2e-3)
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("run", ["zero1", "zero2", "zero3", "fsdp2"])
+def test_a_checkpoint_goes_on_in_a_single_process(runs, recipe, run):
+    saved = str(checkpoint(runs, recipe, run, 2 * SAVED))
+    fit(runs, recipe, f"alone-{run}", "--ckpt_path", saved, batch=GLOBAL_BATCH)
+    assert losses(runs, recipe, f"alone-{run}")[STEPS] == pytest.approx(losses(runs, recipe, run)[STEPS], rel=2e-3)
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_read_equals_deepspeeds_own_export(runs, recipe, stage):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    path = checkpoint(runs, recipe, f"zero{stage}", STEPS)
+    assert layout(path) == (stage, 2)
+    ours, theirs = load_checkpoint(path)["state_dict"], get_fp32_state_dict_from_zero_checkpoint(str(path))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value.contiguous()), name
+
+
+def test_a_model_is_exported_from_a_directory(runs, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from evolute.recipes.llm import export
+
+    path = checkpoint(runs, "llm/pretrain", "zero3", STEPS)
+    model = AutoModelForCausalLM.from_pretrained(export(path, tmp_path / "hf"))
+    for name, value in load_checkpoint(path)["state_dict"].items():
+        assert torch.equal(model.state_dict()[name.removeprefix("model.")], value), name
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    pair(Path(folder))
+    torch.save({}, Path(folder) / f"{os.environ['LOCAL_RANK']}.pt")
+
+
+if __name__ == "__main__":
+    from tests.recipes import test_strategies  # by the name under which the configurations find its callback
+
+    test_strategies.main(sys.argv[1])
