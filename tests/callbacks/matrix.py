@@ -28,6 +28,10 @@ LIMITS = {"fp32": (5e-5, 5e-5), "bf16": (0.05, 0.15)}
 """How far a cell may be from one process: weights, over their way since the start, and metrics, relatively."""
 
 
+LEFT_OVER = ("curvature/residual",)
+"""What an iteration leaves when it stops, which rounding decides: compared between lives, not between strategies."""
+
+
 class Cell(NamedTuple):
     """One entry of the matrix."""
 

@@ -19,7 +19,8 @@ a step, run through and stopped half-way and resumed.
 batches. Both ranks hold the same weights, bit for bit. Relative to the way that a parameter has gone since the
 start, they are within {fp32[0]:g} of that process's in fp32 and within {bf16[0]:g} in bf16. Every metric that the
 callback records, at every step, is within {fp32[1]:g} of its value there in fp32 and within {bf16[1]:g} in bf16; only
-clock times are not compared, nor in bf16 what counts or cuts off at a threshold ({jumps}).
+clock times are not compared, nor what an iteration leaves when it stops (`curvature/residual`), nor in bf16
+what counts or cuts off at a threshold ({jumps}).
 A resumed run ends bit for bit where the uninterrupted one under the same strategy
 does, and has recorded the same.
 
