@@ -67,11 +67,10 @@ def load_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> dict[s
 
 
 def _load(file: Path, device: str) -> dict[str, Any]:
+    file.open("rb").close()  # whether it can be read; later errors, OSError among them, are of its content
     try:
         with safe_globals(_KNOWN):
             content = torch.load(file, weights_only=True, map_location=device, mmap=device == "meta")
-    except OSError:
-        raise
     except Exception as error:  # zip, pickle and end-of-file errors, which tell the user no more than this
         raise ValueError(f"{file} is no checkpoint, or was truncated") from error
     if not isinstance(content, dict):

@@ -196,6 +196,38 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint of any strategy, which every rank holds whole meanwhile.
+
+        Lightning's own takes the numbers of an optimizer's parameters for their places in the module. They are places
+        in the optimizer's groups: an optimizer with several groups would get the moments of other parameters.
+        """
+        from lightning.fabric.strategies.model_parallel import _load_raw_module_state
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        assert self.lightning_module is not None
+        assert self.model is not None
+        content = load_checkpoint(self.broadcast(checkpoint_path))
+        _load_raw_module_state(content["state_dict"], self.model, strict=self.lightning_module.strict_loading)
+        names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        options = StateDictOptions(full_state_dict=True)
+        for optimizer, saved in zip(self.optimizers, content.get("optimizer_states", ()), strict=False):
+            set_optimizer_state_dict(self.model, optimizer, _by_name(optimizer, saved, names), options=options)
+        return content
+
+
+def _by_name(optimizer: Optimizer, saved: dict[str, Any], names: dict[Tensor, str]) -> dict[str, Any]:
+    """Return an optimizer's saved state with the names of parameters in place of their numbers."""
+    pairs = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    groups = [{**old, "params": [names[p] for p in group["params"]]} for group, old in pairs]
+    called = {
+        number: name
+        for old, group in zip(saved["param_groups"], groups, strict=True)
+        for number, name in zip(old["params"], group["params"], strict=True)
+    }
+    return {"state": {called[number]: state for number, state in saved["state"].items()}, "param_groups": groups}
+
 
 @contextmanager
 def _rank_as_device(strategy: DeepSpeedStrategy) -> Generator[None]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -65,6 +66,18 @@ def shelf(tmp_path_factory, corpus, evolute) -> Path:
     torch.save({"state_dict": state["state_dict"]}, shelf / "foreign.ckpt")
     torch.save({"anything": Path("unsafe")}, shelf / "unsafe.ckpt")
     (shelf / "empty").mkdir()
+    result = evolute("fit", "--config", "tiny.yaml", *ZERO, "--run", "zero", cwd=shelf)
+    assert result.code == 0, result.err
+    for name in ("zero-half", "zero-missing", "zero-unnamed", "zero-other"):
+        shutil.copytree(shelf / "zero" / "checkpoints" / "step=00000006.ckpt", shelf / name)
+    piece = "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    whole = (shelf / "zero-half" / piece).read_bytes()
+    (shelf / "zero-half" / piece).write_bytes(whole[: len(whole) // 2])
+    (shelf / "zero-missing" / piece).unlink()
+    (shelf / "zero-unnamed" / "latest").unlink()
+    model = shelf / "zero-other" / "checkpoint" / "mp_rank_00_model_states.pt"
+    state = torch.load(model, weights_only=True)
+    torch.save(state | {"evolute": state["evolute"] | {"module": "elsewhere.Ranker"}}, model)
     (shelf / "tiny").mkdir()
     (shelf / "tiny" / "a.txt").write_text("too little")
     (shelf / "locked").mkdir(mode=0o500)
@@ -143,6 +156,10 @@ CASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "checkpoint-text": ({}, ["--ckpt_path", "SHELF/text.ckpt"], ["SHELF/text.ckpt", "no checkpoint"]),
     "checkpoint-unsafe": ({}, ["--ckpt_path", "SHELF/unsafe.ckpt"], ["SHELF/unsafe.ckpt", "no checkpoint"]),
     "checkpoint-other": ({}, ["--ckpt_path", "SHELF/other.ckpt"], ["of elsewhere.Ranker", "not of evolute.recipes"]),
+    "checkpoint-folder-half": ({}, ["--ckpt_path", "SHELF/zero-half"], ["SHELF/zero-half", "rank_0", "truncated"]),
+    "checkpoint-folder-missing": ({}, ["--ckpt_path", "SHELF/zero-missing"], ["SHELF/zero-missing", "truncated"]),
+    "checkpoint-folder-unnamed": ({}, ["--ckpt_path", "SHELF/zero-unnamed"], ["SHELF/zero-unnamed", "'latest'"]),
+    "checkpoint-folder-other": ({}, ["--ckpt_path", "SHELF/zero-other"], ["of elsewhere.Ranker, not of"]),
     "checkpoint-folder": ({}, ["--ckpt_path", "SHELF/empty"], ["SHELF/empty", "'latest'"]),
     "checkpoint-foreign": ({}, ["--ckpt_path", "SHELF/foreign.ckpt"], ["not written by an evolute run"]),
     "checkpoint-other-data": (
@@ -211,7 +228,7 @@ def test_refused_before_torch(args, parts, evolute, tmp_path):
     refused(result, *parts)
 
 
-@pytest.mark.parametrize("checkpoint", ["half.ckpt", "text.ckpt", "no.ckpt", "foreign.ckpt"])
+@pytest.mark.parametrize("checkpoint", ["half.ckpt", "text.ckpt", "no.ckpt", "foreign.ckpt", "zero-half", "empty"])
 def test_export_refuses(checkpoint, evolute, shelf, tmp_path):
     refused(evolute("export", shelf / checkpoint, "out", cwd=tmp_path), checkpoint)
     assert not list(tmp_path.iterdir())

@@ -3,10 +3,12 @@
 The file is also the script of two processes, which train one run after the other with the command line's own function.
 """
 
+import contextlib
 import copy
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,26 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks.zero_checkpoint import layout, load_checkpoint
+from evolute.recipes.llm import Pretrain
+from evolute.recipes.llm.network import build
 from evolute.registry import recipes, strategies
 from tests.processes import run_pair
 
 pytestmark = pytest.mark.timeout(900)
 
+TORCH = ("ddp", "fsdp2")
+CROSSINGS = [
+    ("zero2", 3),
+    ("zero3", 2),
+    ("single", 1),
+    ("fsdp2", 2),
+    ("single", "fsdp2"),
+    ("fsdp2", "ddp"),
+    ("zero3", "ddp"),
+]
+"""Checkpoints that another strategy goes on from: what wrote it, and the stage or the name of the other."""
+VALIDATED = [("zero2", 3), ("zero3", 2)]
+SPECIAL = ("poisoned", "loaded")
 STEPS, SAVED, GLOBAL_BATCH = 50, 20, 8
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -58,6 +75,8 @@ def write_all(folder: Path) -> None:
         (folder / "corpus" / f"{i}.txt").write_text(f"{i} green bottles hang on the wall, {i * i} on the floor\n" * 4)
     for name in recipes():
         write(folder, name)
+    (folder / "two.yaml").write_text("trainer: {devices: 2}\n")
+    build({"model_type": "llama", **LLAMA}, 320, None, "sdpa").save_pretrained(folder / "hf")
     for stage in (1, 2, 3):
         # The default threshold would leave every parameter of so small a model whole.
         zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
@@ -82,44 +101,84 @@ class KillAt(Callback):
             raise Killed
 
 
-def fit(folder: Path, recipe: str, run: str, *arguments: str, configs: tuple[str, ...] = (), batch: int = 4) -> None:
-    """Run ``evolute fit`` in this process."""
+class PoisonedPretrain(Pretrain):
+    """The second rank's loss is not a number in one batch (the only rank's, if there is one)."""
+
+    def loss_on(self, batch: Any) -> Any:
+        loss, *others = super().loss_on(batch)
+        if self.training and self.trainer.global_step == 4 and self.trainer.global_rank == self.trainer.world_size - 1:
+            loss = loss * float("nan")
+        return loss, *others
+
+
+def evolute(
+    command: str, folder: Path, recipe: str, *arguments: str, configs: tuple[str, ...] = (), batch: int = 4
+) -> None:
+    """Run a command in this process."""
     from evolute.cli import train
 
     files = [str(folder / f"{recipe.replace('/', '-')}.yaml"), *configs]
     args = [word for file in files for word in ("--config", file)]
-    args += ["--run", str(folder / recipe / run), "--checkpoint_every", str(SAVED)]
-    args += ["--data.init_args.batch_size", str(batch), *arguments]
-    assert train("fit", args, [recipe]) == 0
+    assert train(command, [*args, "--data.init_args.batch_size", str(batch), *arguments], [recipe]) == 0
 
 
-def kill_at(step: int) -> tuple[str, str]:
+def fit(folder: Path, recipe: str, run: str, *arguments: str, **options: Any) -> None:
+    """Run ``evolute fit``."""
+    place = ("--run", str(folder / recipe / run), "--checkpoint_every", str(SAVED))
+    evolute("fit", folder, recipe, *place, *arguments, **options)
+
+
+def killed(folder: Path, recipe: str, run: str, step: int, *arguments: str, **options: Any) -> None:
+    """Begin a run that ends after so many steps without a word."""
     callback = {"class_path": "tests.recipes.test_strategies.KillAt", "init_args": {"step": step}}
-    return "--trainer.callbacks+", json.dumps(callback)
+    try:
+        fit(folder, recipe, run, "--trainer.callbacks+", json.dumps(callback), *arguments, **options)
+    except Killed:
+        return
+    raise AssertionError
+
+
+def special(folder: Path, name: str) -> tuple[str, ...]:
+    """Arguments of the runs that only the language model makes."""
+    if name == "poisoned":
+        return "--model.class_path", "tests.recipes.test_strategies.PoisonedPretrain", "--trainer.max_steps", "10"
+    return (
+        "--model.init_args.config",
+        "null",
+        "--model.init_args.model",
+        str(folder / "hf"),
+        "--trainer.max_steps",
+        "10",
+    )
 
 
 def pair(folder: Path) -> None:
     """What two processes do."""
+    zero = {stage: (str(folder / f"zero{stage}.yaml"),) for stage in (1, 2, 3)}
+    zero = {**zero, **{name: (str(strategies()[f"strategy/{name}"]), str(folder / "two.yaml")) for name in TORCH}}
     for recipe in recipes():
         for stage in (1, 2, 3):
-            zero = (str(folder / f"zero{stage}.yaml"),)
-            fit(folder, recipe, f"zero{stage}", configs=zero)
-            if stage > 1:
-                try:
-                    fit(folder, recipe, f"cut{stage}", *kill_at(SAVED + 3), configs=zero)
-                    raise AssertionError
-                except Killed:
-                    pass
-                fit(folder, recipe, f"cut{stage}", "--resume", "true", configs=zero)
-            fit(
-                folder, recipe, f"bf16-{stage}", "--trainer.precision", "bf16-mixed",
-                configs=zero,
-            )  # fmt: skip
-        for stage, source in ((3, "zero2"), (2, "zero3"), (1, "single")):
+            fit(folder, recipe, f"zero{stage}", configs=zero[stage])
+            killed(folder, recipe, f"bf16-{stage}", 4, "--trainer.precision", "bf16-mixed", configs=zero[stage])
+        for stage in (2, 3):
+            killed(folder, recipe, f"cut{stage}", SAVED + 3, configs=zero[stage])
+            half = checkpoint(folder, recipe, f"cut{stage}", 2 * SAVED).with_suffix(".tmp") / "checkpoint"
+            half.mkdir(parents=True, exist_ok=True)
+            (half / "zero_pp_rank_7_mp_rank_00_optim_states.pt").touch()
+            fit(folder, recipe, f"cut{stage}", "--resume", "true", configs=zero[stage])
+        for name in TORCH:
+            fit(folder, recipe, name, configs=zero[name])
+        for source, target in CROSSINGS:
             saved = str(checkpoint(folder, recipe, source, SAVED * 2))
-            fit(folder, recipe, f"{source}-{stage}", "--ckpt_path", saved, configs=(str(folder / f"zero{stage}.yaml"),))
-        for name in ("ddp", "fsdp2"):
-            fit(folder, recipe, name, "--trainer.devices", "2", configs=(str(strategies()[f"strategy/{name}"]),))
+            fit(folder, recipe, f"{source}-{target}", "--ckpt_path", saved, configs=zero[target])
+        for source, target in VALIDATED:
+            saved = str(checkpoint(folder, recipe, source, SAVED * 2))
+            said = folder / recipe / f"validated-{target}.{os.environ['LOCAL_RANK']}"
+            with said.open("w") as file, contextlib.redirect_stdout(file):
+                evolute("validate", folder, recipe, "--ckpt_path", saved, configs=zero[target])
+    for name in SPECIAL:
+        for stage in (2, 3):
+            fit(folder, "llm/pretrain", f"{name}-{stage}", *special(folder, name), configs=zero[stage])
 
 
 def checkpoint(folder: Path, recipe: str, run: str, step: int) -> Path:
@@ -144,6 +203,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_all(folder)
     for recipe in recipes():
         fit(folder, recipe, "single", batch=GLOBAL_BATCH)
+    for name in SPECIAL:
+        fit(folder, "llm/pretrain", f"{name}-0", *special(folder, name), batch=GLOBAL_BATCH)
     run_pair(__file__, folder, 850)
     return folder
 
@@ -167,10 +228,11 @@ def test_two_processes_reach_the_loss_of_one_on_the_same_batches(runs, recipe, r
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_begins_as_float32_does(runs, recipe, stage):
     bf16, fp32 = (
-        [float(r["train/loss"]) for r in rows(runs / recipe / run) if "train/loss" in r][:4]
+        [float(r["train/loss"]) for r in rows(runs / recipe / run) if "train/loss" in r][:3]
         for run in (f"bf16-{stage}", f"zero{stage}")
     )
     assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert len(bf16) == 3
     assert bf16 != fp32
 
 
@@ -199,10 +261,42 @@ def test_killed_and_resumed_equals_uninterrupted(runs, recipe, stage):
 
 
 @pytest.mark.parametrize("recipe", TINY)
-@pytest.mark.parametrize("run", ["zero2-3", "zero3-2", "single-1"])
-def test_a_checkpoint_goes_on_under_another_stage(runs, recipe, run):
-    source = losses(runs, recipe, run.split("-")[0])
-    assert losses(runs, recipe, run)[STEPS] == pytest.approx(source[STEPS], rel=2e-3)
+@pytest.mark.parametrize(("written", "opened"), CROSSINGS)
+def test_a_checkpoint_goes_on_under_another_strategy(runs, recipe, written, opened):
+    run = f"{written}-{opened}"
+    source = losses(runs, recipe, written)
+    assert losses(runs, recipe, run) == {STEPS: pytest.approx(source[STEPS], rel=1e-4)}
+    same_moments(*(checkpoint(runs, recipe, name, STEPS) for name in (written, run)))
+
+
+def same_moments(one: Path, other: Path) -> None:
+    """Check that two optimizers hold nearly the same: one that began anew ten steps ago would not."""
+    ours, theirs = (load_checkpoint(path)["optimizer_states"][0] for path in (one, other))
+    for group, other in zip(ours["param_groups"], theirs["param_groups"], strict=True):
+        assert group["weight_decay"] == other["weight_decay"]
+        for number, same in zip(group["params"], other["params"], strict=True):  # FSDP2 numbers through the module
+            for key, value in ours["state"][number].items():
+                assert (theirs["state"][same][key] - value).norm() <= 0.02 * value.norm(), (number, key)
+
+
+@pytest.mark.parametrize("recipe", TINY)
+@pytest.mark.parametrize(("written", "opened"), VALIDATED)
+def test_a_checkpoint_is_validated_under_another_stage(runs, recipe, written, opened):
+    said = [(runs / recipe / f"validated-{opened}.{rank}").read_text() for rank in (0, 1)]
+    shown = re.search(r"val/loss\W+([\d.]+)", said[0])
+    assert shown, said
+    assert float(shown[1]) == pytest.approx(losses(runs, recipe, written)[2 * SAVED], rel=1e-5)
+    assert said[1] == ""
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_loaded_model_and_a_loss_that_is_no_number_are_as_in_one_process(runs, name, stage):
+    ours, theirs = (losses(runs, "llm/pretrain", f"{name}-{s}") for s in (0, stage))
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert ours[10] < 5.8
+    counts = [float(r["train/nonfinite"]) for r in rows(runs / "llm/pretrain" / f"{name}-{stage}")]
+    assert counts[-1] == (name == "poisoned")
 
 
 @pytest.mark.parametrize("recipe", TINY)
@@ -210,7 +304,8 @@ def test_a_checkpoint_goes_on_under_another_stage(runs, recipe, run):
 def test_a_checkpoint_goes_on_in_a_single_process(runs, recipe, run):
     saved = str(checkpoint(runs, recipe, run, 2 * SAVED))
     fit(runs, recipe, f"alone-{run}", "--ckpt_path", saved, batch=GLOBAL_BATCH)
-    assert losses(runs, recipe, f"alone-{run}")[STEPS] == pytest.approx(losses(runs, recipe, run)[STEPS], rel=2e-3)
+    assert losses(runs, recipe, f"alone-{run}")[STEPS] == pytest.approx(losses(runs, recipe, run)[STEPS], rel=1e-4)
+    same_moments(*(checkpoint(runs, recipe, name, STEPS) for name in (run, f"alone-{run}")))
 
 
 @pytest.mark.parametrize("recipe", TINY)
