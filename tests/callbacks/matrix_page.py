@@ -18,11 +18,11 @@ a step, run through and stopped half-way and resumed.
 *works*: a run of {steps} steps on two processes ends where one uninterrupted process ends on the same global
 batches. Both ranks hold the same weights, bit for bit. Relative to the way that a parameter has gone since the
 start, they are within {fp32[0]:g} of that process's in fp32 and within {bf16[0]:g} in bf16. Every metric that the
-callback records, at every step, is within {fp32[1]:g} of its value there in fp32 and within {bf16[1]:g} in bf16; only
-clock times are not compared, nor what an iteration leaves when it stops (`curvature/residual`), nor in bf16
-what counts or cuts off at a threshold ({jumps}).
-A resumed run ends bit for bit where the uninterrupted one under the same strategy
-does, and has recorded the same.
+callback records, at every step, is within {fp32[1]:g} of that process's in fp32 and within {bf16[1]:g} in bf16,
+relative to the largest value of its kind over layers and steps. Not compared are clock times, what an
+iteration leaves when it stops (`curvature/residual`) and, in bf16, what counts or cuts off at a threshold
+({jumps}). A resumed run ends bit for bit where the uninterrupted one under the
+same strategy does, and has recorded the same.
 
 *refuses*, or works with the exception numbered: before the first step, with a message that says what to change.
 {notes}
