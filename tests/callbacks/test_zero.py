@@ -51,6 +51,7 @@ class Seen(Callback):
             key: [] for key in ("gradients", "norms", "accumulated", "before", "weights", "moments", "rates")
         }
         self.live: dict[str, Tensor] = {}
+        self.probed: dict[str, Tensor] = {}
         self.parts_come_back = True
         self._actions = [Action(Stage.OBSERVE, self._after, lambda step: True)]
         if act == "scaled":
@@ -102,6 +103,9 @@ class Seen(Callback):
         for name, p in pl_module.named_parameters():
             with deepspeed.zero.GatheredParameters([p]):
                 self.live[name] = p.detach().clone()
+        with self._backend.unsharded(pl_module) as weights:
+            assert weights is not None
+            self.probed = {n: w.clone() for n, w in weights.items()}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         for action in self._actions:
@@ -175,6 +179,7 @@ def scenario(name: str, stage: int) -> dict[str, Any]:
     return {
         **seen.seen,
         "live": seen.live,
+        "probed": seen.probed,
         "parts come back": seen.parts_come_back,
         "closed": seen.closed and "step" not in vars(seen.zero) and not hooks,
         "steps": trainer.global_step,
@@ -235,6 +240,15 @@ def test_the_live_module_of_every_rank_is_the_masters(ranks, name, stage):
         for key, master in rank[name, stage]["weights"][-1].items():
             assert torch.equal(live[key], master.to(live[key].dtype)), key
             assert torch.equal(live[key], ranks[0][name, stage]["live"][key])
+
+
+@pytest.mark.parametrize(("name", "stage"), CELLS)
+def test_a_probe_sees_the_masters_and_not_what_rounding_leaves_of_them(ranks, name, stage):
+    for rank in ranks:
+        found = rank[name, stage]
+        assert found["probed"].keys() == found["live"].keys()
+        for key, master in found["weights"][-1].items():
+            assert torch.equal(found["probed"][key], master), key
 
 
 @pytest.mark.parametrize("stage", STAGES)
