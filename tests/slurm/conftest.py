@@ -62,9 +62,14 @@ class Cluster:
     def state(self, job: int | str) -> str:
         return self.show(job, "JobState")
 
-    def wait(self, job: int | str, *states: str, limit: float) -> None:
-        """Wait until a job is in one of the states."""
-        until(lambda: self.state(job) in states, limit, lambda: f"job {job} is {self.state(job)}, not {states}", 0.3)
+    def wait(self, job: int | str, *states: str, limit: float, log: Callable[[], str] = str) -> None:
+        """Wait until a job is in one of the states; where it does not, say what ``log`` returns as well."""
+
+        def what() -> str:
+            daemon = (self.folder / "log" / "slurmctld.log").read_text()[-4000:]
+            return f"job {job} is {self.state(job)}, not {states}\n{log()}\n{self.processes()}\n{daemon}"
+
+        until(lambda: self.state(job) in states, limit, what, 0.3)
 
     def processes(self) -> dict[int, str]:
         """Return the processes that carry the cluster's SLURM_CONF, with their names: daemons, steps and tasks."""

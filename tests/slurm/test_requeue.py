@@ -76,7 +76,7 @@ class Run:
         until(lambda: self.text().partition(f", start {start},")[2].count("STEP") >= least, 240, self.text)
 
     def finished(self) -> None:
-        self.cluster.wait(self.job, "COMPLETED", "FAILED", "CANCELLED", limit=400)
+        self.cluster.wait(self.job, "COMPLETED", "FAILED", "CANCELLED", limit=300, log=self.text)
         assert self.cluster.state(self.job) == "COMPLETED", self.text()
 
 
