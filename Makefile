@@ -1,9 +1,10 @@
 # make demo    set up, train a language model on real text, watched and steered, ending in a report
-# make test    set up, run the tests
+# make test    set up, run the tests, in two processes (JOBS=2)
 # make check   lint and types
 # make matrix  every callback under every strategy and precision, written to docs/compatibility.md
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,7 +24,7 @@ demo: setup
 	$(BIN)/evolute fit --config llm/pretrain
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

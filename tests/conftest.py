@@ -20,6 +20,17 @@ from tests.modules import Regression, regression_data
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n``, a file stays in one process, for its fixtures; all that need the cluster do, and come first.
+
+    They wait more than they work, and longer than the rest: begun last, they would be waited for alone.
+    """
+    items.sort(key=lambda item: "tests/slurm/" not in item.nodeid)
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("slurm" if "tests/slurm/" in file else file))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
