@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -62,6 +63,12 @@ class ZeroBackend:
             raise MisconfigurationException(
                 f"{who} cannot read DeepSpeed's optimizer for bfloat16 with gradients accumulated in float32 at ZeRO "
                 "stage 1: use stage 2, or leave data_types.grad_accum_dtype out"
+            )
+        if strategy.handles_gradient_accumulation and trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                "Lightning's DeepSpeedStrategy divides accumulated gradients by their number twice and takes "
+                "no step from the last, incomplete accumulation of an epoch: "
+                "evolute.strategies.ZeROStrategy takes the same arguments and mends both"
             )
 
     @property

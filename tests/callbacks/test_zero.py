@@ -286,11 +286,11 @@ def test_a_step_that_deepspeed_skips_moves_nothing_and_later_ones_go_on(ranks, s
         assert metric not in rows[2]
 
 
-def zero_trainer(**config: Any) -> Any:
+def zero_trainer(accumulate: int = 1, **config: Any) -> Any:
     """As much of a trainer as a backend looks at before the fit."""
     stock = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     stock.config = config
-    return SimpleNamespace(strategy=stock)
+    return SimpleNamespace(strategy=stock, accumulate_grad_batches=accumulate)
 
 
 def test_deepspeed_without_zero_is_refused():
@@ -302,6 +302,11 @@ def test_bfloat16_with_float32_gradients_is_refused_where_deepspeed_has_another_
     config = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     with pytest.raises(MisconfigurationException, match="grad_accum_dtype"):
         backend_for(zero_trainer(**config), "Somebody")
+
+
+def test_lightnings_own_accumulation_is_warned_of():
+    with pytest.warns(UserWarning, match="ZeROStrategy takes the same arguments"):
+        backend_for(zero_trainer(4, zero_optimization={"stage": 2}), "Somebody")
 
 
 def test_gradients_before_their_reduction_are_refused():
