@@ -13,6 +13,7 @@ EXTRAS = {
     "llm": ("transformers", "datasets", "safetensors", "peft"),
     "wandb": ("wandb", "PIL"),
     "tensorboard": ("tensorboard",),
+    "splatting": ("numba", "gsplat", "plyfile", "trimesh", "embreex", "PIL"),
 }
 
 
