@@ -20,6 +20,7 @@ from tests.modules import Regression, regression_data
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n``, a file stays in one process, for its fixtures; all that need the cluster do, and come first.
 

@@ -1,6 +1,7 @@
 """Two processes that Lightning starts itself are one run: one voice, one run folder, and neither outlives the other."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -89,7 +90,8 @@ def test_neither_rank_outlives_the_other(strategy, victim, corpus, tmp_path):
     args = ["--config", f"strategy/{strategy}", "--trainer.devices", "2", "--data.init_args.batch_size", "4"]
     with training(tmp_path, *args) as (*ranks, log):
         os.kill(ranks[victim], signal.SIGKILL)
-    assert "rror" in log.read_text()
+    # Who notices first has the word: the other rank's collective, or Lightning, which started them.
+    assert re.search("rror|terminated with code -9", log.read_text())
 
 
 def test_a_killed_zero_run_leaves_whole_checkpoints_and_goes_on(corpus, tmp_path):

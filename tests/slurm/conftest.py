@@ -1,5 +1,6 @@
 """A real SLURM of one node for the tests that need one, and jobs on it."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -84,12 +85,18 @@ class Cluster:
         return found
 
     def power_off(self) -> None:
-        """End everything on the node at once, as a power cut would, until SLURM has noticed."""
-        for _ in range(3):  # what was being started meanwhile as well
-            for pid, name in self.processes().items():
-                if name not in DAEMONS - {"slurmd"}:
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        """End everything on the node at once, as a power cut would, until SLURM has noticed.
+
+        All is frozen before any of it is killed: an srun that sees its tasks die asks slurmctld to signal the step, and
+        slurmctld repeats that for a node that does not answer, a minute later, to the same step of the next start.
+        """
+        for signum in (signal.SIGSTOP, signal.SIGKILL):
+            for _ in range(3):  # what was being started meanwhile as well
+                for pid, name in self.processes().items():
+                    if name not in DAEMONS - {"slurmd"}:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signum)
+                time.sleep(0.1)
 
         until(lambda: "down" in self.run("sinfo", "--noheader", "--format=%T"), 60, "the node is still up", every=0.3)
 
