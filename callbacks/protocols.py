@@ -1,8 +1,9 @@
 """What a callback may ask of a module, by shape, never by class."""
 
+import inspect
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 LossOn = Tensor | tuple[Tensor, Tensor, Tensor]
 
@@ -18,3 +19,35 @@ class ProbeLoss(Protocol):
     def loss_on(self, batch: Any) -> LossOn:
         """Return the loss, or ``(loss, logits [n, K], targets [n])``, of ``batch``."""
         ...
+
+
+class TokenLoss(Protocol):
+    """A module that reduces a policy-gradient loss over tokens, all it needs being keyword arguments of one call.
+
+    ``evolute.models.policy_loss.PolicyLoss`` is one. A mask callback takes tokens out of ``mask`` before the call; the
+    tensors are those of the positions that predict the actions. ``temperature`` divides the logits.
+    """
+
+    temperature: float
+
+    def forward(
+        self,
+        *,
+        actions: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        hidden: Tensor | None = None,
+        head: nn.Module | None = None,
+        logits: Tensor | None = None,
+        denominator_mask: Tensor | None = None,
+    ) -> Any:
+        """Return the loss of a batch of completions [B, T]; further arguments are its own affair."""
+        ...
+
+
+TOKEN_ARGUMENTS = frozenset(inspect.signature(TokenLoss.forward).parameters) - {"self"}
+
+
+def is_token_loss(module: nn.Module) -> bool:
+    """Say whether a module is called as a :class:`TokenLoss` is, by the names of its arguments."""
+    return frozenset(inspect.signature(module.forward).parameters) >= TOKEN_ARGUMENTS
