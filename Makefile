@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/evolute fit --config llm/pretrain
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check .

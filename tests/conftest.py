@@ -14,22 +14,28 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
+from xdist.scheduler import LoadFileScheduling
 
 from tests.modules import Regression, regression_data
 
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n``, a file stays in one process, for its fixtures; all that need the cluster do, and come first.
+class Files(LoadFileScheduling):
+    """With ``-n``, a file stays in one process, for its fixtures, and so do all files that need the cluster."""
 
-    They wait more than they work, and longer than the rest: begun last, they would be waited for alone.
-    """
-    items.sort(key=lambda item: "tests/slurm/" not in item.nodeid)
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("slurm" if "tests/slurm/" in file else file))
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the cluster: its tests wait more than they work, and begun last they would be waited for alone."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,7 @@ def built(constructor: str) -> Callback:
         "CurvatureMonitor": partial(evolute_callbacks.CurvatureMonitor, **often),
         "LayerMonitor": partial(evolute_callbacks.LayerMonitor, **often),
         "NoiseAdaptiveLR": evolute_callbacks.NoiseAdaptiveLR,
+        "SpectrumProbe": partial(evolute_callbacks.SpectrumProbe, **often, lanczos_steps=8),
         "StepRadius": partial(evolute_callbacks.StepRadius, **often, target=1e-3),
     }
     return eval(constructor, names)
