@@ -1,21 +1,35 @@
 """Lightning callbacks: observe, call geometry, act, record."""
 
 from evolute.callbacks.curvature_monitor import CurvatureMonitor
+from evolute.callbacks.gaussian_densify import GaussianDensify
+from evolute.callbacks.gaussian_relocate import GaussianRelocate
+from evolute.callbacks.gsplat_strategy import GsplatStrategy
 from evolute.callbacks.layer_monitor import LayerMonitor
 from evolute.callbacks.metrics_csv import MetricsCSV
 from evolute.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
+from evolute.callbacks.opacity_reset import OpacityReset
 from evolute.callbacks.run_checkpoint import RunCheckpoint
 from evolute.callbacks.run_report import RunReport
+from evolute.callbacks.scene_output import ExportPLY, RenderVideo
 from evolute.callbacks.spectrum_probe import SpectrumProbe
+from evolute.callbacks.splat_schedules import DepthSchedule, SHSchedule
 from evolute.callbacks.step_radius import StepRadius
 
 __all__ = [
     "CurvatureMonitor",
+    "DepthSchedule",
+    "ExportPLY",
+    "GaussianDensify",
+    "GaussianRelocate",
+    "GsplatStrategy",
     "LayerMonitor",
     "MetricsCSV",
     "NoiseAdaptiveLR",
+    "OpacityReset",
+    "RenderVideo",
     "RunCheckpoint",
     "RunReport",
+    "SHSchedule",
     "SpectrumProbe",
     "StepRadius",
 ]

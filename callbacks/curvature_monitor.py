@@ -22,6 +22,7 @@ from evolute.callbacks.access import (
     attach,
     backend_for,
     detach,
+    listen,
     mean_over_ranks,
     named_parameters,
     over_ranks,
@@ -197,6 +198,7 @@ class CurvatureMonitor(Callback):
             self._blocks = _blocks_of(pl_module, self.blocks)
         self._trainer = trainer
         attach(trainer, self._action)
+        listen(trainer, self._warm.clear)
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -402,7 +404,8 @@ class CurvatureMonitor(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pace.load_state_dict(state_dict["pace"])
-        self._warm = dict(state_dict["warm"])
+        self._warm.clear()
+        self._warm.update(state_dict["warm"])
         self._multiple = state_dict["multiple"]
         self._batch.load_state_dict(state_dict["batch"])
 

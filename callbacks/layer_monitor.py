@@ -22,6 +22,7 @@ from evolute.callbacks.access import (
     backend_for,
     batch_size,
     detach,
+    listen,
     mean_over_ranks,
     named_parameters,
     require,
@@ -123,6 +124,7 @@ class LayerMonitor(Callback):
             )
         self._trainer = trainer
         self._pairs.open(self._backend, self._params)
+        listen(trainer, self._pairs.forget)
         attach(trainer, self._action)
 
     @override

@@ -20,6 +20,7 @@ from evolute.callbacks.access import (
     backend_for,
     detach,
     joined,
+    listen,
     named_parameters,
     recover,
     require,
@@ -157,6 +158,7 @@ class NoiseAdaptiveLR(Callback):
         self._noise = {name: value for name, value in self._noise.items() if name in self._params}
         self._trainer = trainer
         self._pairs.open(self._backend, self._params)
+        listen(trainer, self._pairs.forget)
         for action in self._actions:
             attach(trainer, action)
 

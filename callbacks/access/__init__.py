@@ -28,6 +28,7 @@ from evolute.callbacks.access.probe import (
     with_tensors,
 )
 from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, gather_values, mean_over_ranks, over_ranks
+from evolute.callbacks.access.rows import GroupView, Rows, listen
 from evolute.callbacks.access.shares import joined, shared_out
 from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
 from evolute.callbacks.access.untouched import untouched
@@ -40,12 +41,14 @@ __all__ = [
     "FlatOperator",
     "GradientPair",
     "GradientPairs",
+    "GroupView",
     "Head",
     "LocalSquares",
     "OptimizerStep",
     "Parts",
     "Probe",
     "RecordLogits",
+    "Rows",
     "Stage",
     "attach",
     "backend_for",
@@ -55,6 +58,7 @@ __all__ = [
     "detach",
     "gather_values",
     "joined",
+    "listen",
     "mean_over_ranks",
     "named_parameters",
     "over_ranks",

@@ -120,6 +120,10 @@ class GradientPairs:
         share = first_parts * second_parts / parts**2
         return GradientPair(first, second, noise_share=share, to_step=share**0.5)
 
+    def forget(self) -> None:
+        """Drop the gradient held: the rows of the parameters are no longer what they were."""
+        self._held = {}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the gradient held between two steps, whole: a resumed run measures what an uninterrupted one would."""
         if self._saved is not None:  # not taken up yet

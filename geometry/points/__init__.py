@@ -5,19 +5,24 @@ from evolute.geometry.points.depth import depth_confidence, plane_depth
 from evolute.geometry.points.neighbourhoods import (
     Neighbourhoods,
     neighbourhoods,
-    subset_variation,
+    subset_neighbourhoods,
     surface_variation,
     texture_variation,
 )
+from evolute.geometry.points.relocation import relocated
+from evolute.geometry.points.splitting import admit, split_threshold
 
 __all__ = [
     "Neighbourhoods",
+    "admit",
     "allocation_probabilities",
     "depth_confidence",
     "draw",
     "neighbourhoods",
     "plane_depth",
-    "subset_variation",
+    "relocated",
+    "split_threshold",
+    "subset_neighbourhoods",
     "surface_variation",
     "texture_variation",
 ]

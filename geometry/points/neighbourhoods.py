@@ -87,36 +87,42 @@ def texture_variation(points: Tensor, colors: Tensor, k: int) -> Tensor:
     return texture
 
 
-def subset_variation(
-    points: Tensor, wanted: Tensor, k: int, reference: int = 200_000, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return the surface variation of some points among all, or among a random subset of them.
+def subset_neighbourhoods(
+    points: Tensor,
+    wanted: Tensor,
+    k: int,
+    colors: Tensor | None = None,
+    reference: int = 200_000,
+    generator: torch.Generator | None = None,
+) -> Neighbourhoods:
+    """Return what the neighbourhoods of some points say, among all or among a random subset of them.
 
     Args:
-        points: all points [N, 3].
+        points: all points [N, 3], finite.
         wanted: indices [M] of the points to evaluate.
         k: neighbours, the point itself among them (it always is, whether drawn or not).
+        colors: [N, C].
         reference: at most so many points are searched.
         generator: draws the subset.
-
-    Returns:
-        [M].
     """
+    _check(points, k, colors)
     if not len(wanted):
-        return points.new_zeros(0)
+        empty = points.new_zeros(0)
+        return Neighbourhoods(empty, None if colors is None else empty, points.new_zeros(0, 3))
     exact = points.detach().double().cpu()
     wanted = wanted.cpu()
     chosen = torch.arange(len(exact))
     if len(exact) > reference:
         chosen = torch.randperm(len(exact), generator=generator)[:reference]
-    tree = cKDTree(exact[chosen].numpy())
     near = min(k, len(chosen))
-    nearest = torch.from_numpy(tree.query(exact[wanted].numpy(), k=near)[1]).reshape(len(wanted), near)
-    held = exact[chosen[nearest]]
+    found = cKDTree(exact[chosen].numpy()).query(exact[wanted].numpy(), k=near)[1]
+    nearest = chosen[torch.from_numpy(found).reshape(len(wanted), near)]
     # By identity: where the subset lacks the point itself, it takes the place of the farthest neighbour.
-    absent = (chosen[nearest] != wanted[:, None]).all(1)
-    held[absent, -1] = exact[wanted[absent]]
-    return _variation(_spread(held)[0]).to(points)
+    absent = (nearest != wanted[:, None]).all(1)
+    nearest[absent, -1] = wanted[absent]
+    values, vectors = _spread(exact[nearest])
+    texture = None if colors is None else _texture(colors.detach().double().cpu()[nearest]).to(points)
+    return Neighbourhoods(_variation(values).to(points), texture, vectors[:, :, 0].to(points))
 
 
 def _check(points: Tensor, k: int, colors: Tensor | None) -> None:

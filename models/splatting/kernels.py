@@ -9,6 +9,7 @@ whatever the number of threads.
 # Numba compiles what follows; to a type checker it is untyped.
 # pyright: basic
 import math
+import types
 
 import numba
 import numpy as np
@@ -52,8 +53,7 @@ def _span(center, half, origin, size):
     return low, high
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
-def forward(means, conics, opacities, reach, colors, ids, offsets, image, passed):
+def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passed):
     """Blend into ``image`` [H, W, C] and transmittance ``passed`` [H, W]; ``reach`` [N, 2] are half sizes in pixels."""
     height, width, channels = image.shape
     across = (width + TILE - 1) // TILE
@@ -101,8 +101,7 @@ def forward(means, conics, opacities, reach, colors, ids, offsets, image, passed
                     image[top + y, left + x, channel] = total[channel, y, x]
 
 
-@numba.njit(parallel=True, cache=True, fastmath=_FAST, error_model="numpy")
-def backward(
+def _backward(
     means, conics, opacities, reach, colors, ids, offsets, image, passed, image_grad, alpha_grad, rows_out
 ):  # fmt: skip
     """Fill ``rows_out`` [M, 6 + C], zero at entry: gradients of mean (2), conic (3), opacity, colours of each pair."""
@@ -194,3 +193,15 @@ def add_rows(ids, rows, out):
         k = ids[at]
         for f in range(rows.shape[1]):
             out[k, f] += rows[at, f]
+
+
+def _compiled(function, parallel):
+    # A copy with a name of its own: Numba's cache on disk tells functions apart by name, not by their options.
+    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    copy.__qualname__ = f"{function.__name__}_{'parallel' if parallel else 'serial'}"
+    return numba.njit(parallel=parallel, cache=True, fastmath=_FAST, error_model="numpy")(copy)
+
+
+# By one thread or by several. A pool of one would do, but its idle threads spin beside those of torch.
+forward = {parallel: _compiled(_forward, parallel) for parallel in (False, True)}
+backward = {parallel: _compiled(_backward, parallel) for parallel in (False, True)}

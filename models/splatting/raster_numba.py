@@ -6,6 +6,7 @@ from typing import Any
 import numba
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from evolute.models.splatting import kernels
@@ -25,21 +26,20 @@ class Blend(torch.autograd.Function):
         ids, offsets = lists
         image = torch.empty(*size, colors.shape[1])
         passed = torch.empty(size)
-        _with_torch_threads()
-        kernels.forward(*(t.numpy() for t in (*inputs, ids, offsets, image, passed)))
+        kernels.forward[_parallel()](*(t.numpy() for t in (*inputs, ids, offsets, image, passed)))
         ctx.save_for_backward(*inputs, ids, offsets, image, passed)
         return image.clone(), 1 - passed
 
     @override
     @staticmethod
+    @once_differentiable  # second derivatives are refused, not wrong: who wants them takes differences
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Return the gradients of means2d, conics, opacities and colors."""
         saved = ctx.saved_tensors
         ids, colors = saved[5], saved[4]
         rows = torch.zeros(len(ids), 6 + colors.shape[1])
         arrays = (*saved, grads[0].contiguous(), grads[1].contiguous(), rows)
-        _with_torch_threads()
-        kernels.backward(*(t.numpy() for t in arrays))
+        kernels.backward[_parallel()](*(t.numpy() for t in arrays))
         out = torch.zeros(len(colors), rows.shape[1])
         kernels.add_rows(ids.numpy(), rows.numpy(), out.numpy())
         return out[:, :2], out[:, 2:5], out[:, 5], out[:, 6:], None, None
@@ -74,5 +74,9 @@ def _reach(conics: Tensor, opacities: Tensor) -> Tensor:
     )
 
 
-def _with_torch_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # pyright: ignore
+def _parallel() -> bool:
+    """Say whether several threads work, and set their number to torch's."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
+    if threads > 1:
+        numba.set_num_threads(threads)
+    return threads > 1

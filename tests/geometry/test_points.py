@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from evolute.geometry import (
+    admit,
     allocation_probabilities,
     depth_confidence,
     draw,
     neighbourhoods,
     plane_depth,
-    subset_variation,
+    relocated,
+    split_threshold,
+    subset_neighbourhoods,
     surface_variation,
     texture_variation,
 )
@@ -70,7 +73,8 @@ def test_texture_of_a_constant_is_zero_and_of_black_and_white_a_quarter():
 @pytest.mark.parametrize("reference", [1000, 60])
 def test_a_subset_keeps_the_point_itself(reference):
     cloud, wanted = points(200), torch.tensor([3, 77, 150])
-    found = subset_variation(cloud, wanted, 10, reference, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    found = subset_neighbourhoods(cloud, wanted, 10, None, reference, generator).variation
     chosen = torch.arange(200)
     if reference < 200:
         chosen = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:reference]
@@ -169,3 +173,30 @@ def test_plane_depth_is_where_the_ray_meets_the_plane():
     depth = plane_depth(weight[..., None] * normal, weight * d, rays)
     torch.testing.assert_close(((depth[..., None] * rays) @ normal), d.expand(7, 9))
     assert plane_depth(torch.zeros(1, 1, 3), torch.ones(1, 1), torch.ones(1, 1, 3)).isnan().all()
+
+
+def test_the_threshold_of_splits_closes_over_the_run():
+    assert split_threshold(0, 30) == pytest.approx(0.1)
+    assert split_threshold(15, 30) == pytest.approx(0.2)
+    assert split_threshold(30, 30) == split_threshold(99, 30) == pytest.approx(0.3)
+
+
+def test_the_most_important_are_admitted_and_the_room_is_never_exceeded():
+    priority, cost = torch.tensor([1.0, 5, 3, 5, 2]), torch.tensor([1, 1, 2, 1, 1])
+    assert admit(priority, cost, 2).tolist() == [1, 3]
+    assert admit(priority, cost, 4).tolist() == [1, 3, 2]
+    assert admit(priority, cost, 0).tolist() == []
+
+
+def test_relocated_gaussians_let_the_same_light_through_and_add_up_to_the_same_integral():
+    opacity = torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64)
+    scales = torch.rand(3, 3, dtype=torch.float64) + 0.1
+    x = torch.linspace(-12, 12, 20001, dtype=torch.float64)
+    for n in (1, 2, 5, 20):
+        o, s = relocated(opacity, scales, torch.full((3,), n))
+        torch.testing.assert_close((1 - o) ** n, 1 - opacity)
+        for i in range(3):
+            # Across the image, n of them in a row cover 1 - (1 - o g)^n; the integral of that is kept.
+            new = 1 - (1 - o[i] * torch.exp(-0.5 * (x / (s[i, 0] / scales[i, 0])) ** 2)) ** n
+            old = opacity[i] * torch.exp(-0.5 * x**2)
+            assert torch.trapezoid(new, x).item() == pytest.approx(torch.trapezoid(old, x).item(), rel=1e-6)
