@@ -3,7 +3,7 @@
 A tile's state (transmittance, sums) stays in the innermost cache. The backward pass goes front to back as well: of what
 a pixel adds up it keeps what lies *behind* the current Gaussian, starting from the finished image, so nothing but the
 image is stored between the passes. Each (tile, Gaussian) pair has its own row of gradients: no atomics, the same bits
-whatever the number of threads.
+in every run.
 """
 
 # Numba compiles what follows; to a type checker it is untyped.

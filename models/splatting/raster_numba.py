@@ -55,7 +55,8 @@ def blend(
 ) -> tuple[Tensor, Tensor]:
     """Blend as :func:`evolute.models.splatting.raster_torch.blend` does, for float32 tensors on the CPU.
 
-    Runs on as many threads as torch does (:func:`torch.set_num_threads`); the result does not depend on their number.
+    Runs on as many threads as torch does (:func:`torch.set_num_threads`). The same inputs give the same bits; one thread
+    and several are compiled apart and may differ by rounding.
     """
     image, alpha = Blend.apply(means2d, conics, opacities, colors, lists, size)  # pyright: ignore
     return image, alpha
