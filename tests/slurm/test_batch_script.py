@@ -93,7 +93,8 @@ def test_a_signal_before_any_task_listens_does_not_lose_the_job(cluster, tmp_pat
 def test_who_makes_room_for_a_more_urgent_job_runs_again_after_it(cluster, tmp_path):
     job = Submitted(cluster, tmp_path, SECONDS="6")
     job.running()
-    wide = ["--partition=urgent", "--ntasks=13"]  # of 16 processors; our job has two, and so may the limited one
+    jobs = len(cluster.run("squeue", "--noheader").splitlines())  # ours, and the limited one if it still runs
+    wide = ["--partition=urgent", f"--ntasks={16 - 2 * jobs + 1}"]  # one more than is free
     urgent = cluster.run("sbatch", "--parsable", *wide, "--output=/dev/null", "--wrap=sleep 2").strip()
     cluster.wait(urgent, "COMPLETED", limit=60)
     job.running(start=2)
