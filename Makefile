@@ -1,4 +1,5 @@
 # make demo    set up, train a language model on real text, watched and steered, ending in a report
+# make demo-recommender   set up, train a recommender with and without text and normalisation, side by side, and compare
 # make test    set up, run the tests, in two processes (JOBS=2)
 # make check   lint and types
 # make matrix  every callback under every strategy and precision, written to docs/compatibility.md
@@ -9,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test check matrix lock clean
+.PHONY: setup demo demo-recommender test check matrix lock clean
 
 setup: $(READY)
 
@@ -22,6 +23,13 @@ $(READY): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/evolute fit --config llm/pretrain
+
+demo-recommender: setup
+	$(BIN)/evolute data ml-100k
+	@folder=runs/recommender-$$(date +%Y%m%d-%H%M%S); export OMP_NUM_THREADS=1; \
+	$(BIN)/evolute fit --config recommender/plain --run $$folder/plain > /dev/null & other=$$!; \
+	$(BIN)/evolute fit --config recommender/tf_llmer --run $$folder/tf_llmer && wait $$other && \
+	$(BIN)/evolute report $$folder/plain $$folder/tf_llmer
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --no-loadscope-reorder

@@ -4,6 +4,8 @@ from evolute.callbacks.curvature_monitor import CurvatureMonitor
 from evolute.callbacks.gaussian_densify import GaussianDensify
 from evolute.callbacks.gaussian_relocate import GaussianRelocate
 from evolute.callbacks.gsplat_strategy import GsplatStrategy
+from evolute.callbacks.item_embedding_norm import ItemEmbeddingNorm
+from evolute.callbacks.item_geometry import ItemGeometry
 from evolute.callbacks.layer_monitor import LayerMonitor
 from evolute.callbacks.metrics_csv import MetricsCSV
 from evolute.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
@@ -22,6 +24,8 @@ __all__ = [
     "GaussianDensify",
     "GaussianRelocate",
     "GsplatStrategy",
+    "ItemEmbeddingNorm",
+    "ItemGeometry",
     "LayerMonitor",
     "MetricsCSV",
     "NoiseAdaptiveLR",

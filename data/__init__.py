@@ -1,5 +1,8 @@
 """LightningDataModules, the sources behind them, and samplers that remember where they were."""
 
+from evolute.data.interactions import InteractionDataModule
+from evolute.data.item_vectors import ItemVectors, encode_items, encode_texts, read_vectors, write_vectors
+from evolute.data.movielens import movielens_folder, set_up_movielens
 from evolute.data.packing import PackedWindows, bigram_floor, split_documents
 from evolute.data.samplers import ResumableLoader, ResumableSampler
 from evolute.data.sources import STDLIB_MODULES, Document, documents
@@ -11,6 +14,8 @@ __all__ = [
     "ByteTokenizer",
     "Document",
     "HFTokenizer",
+    "InteractionDataModule",
+    "ItemVectors",
     "PackedWindows",
     "ResumableLoader",
     "ResumableSampler",
@@ -18,6 +23,12 @@ __all__ = [
     "Tokenizer",
     "bigram_floor",
     "documents",
+    "encode_items",
+    "encode_texts",
     "load_tokenizer",
+    "movielens_folder",
+    "read_vectors",
+    "set_up_movielens",
     "split_documents",
+    "write_vectors",
 ]

@@ -16,6 +16,8 @@ USAGE = """usage: evolute COMMAND ...
   recipes                   list the packaged recipes, and the strategies to add: --config RECIPE --config strategy/ddp
   report RUN ...            write the HTML report of one run, or of several side by side
   export CHECKPOINT FOLDER  write a language model as a Hugging Face folder
+  data ml-100k              get MovieLens-100K, which the recommender recipes use
+  item-vectors FILE         encode item texts and project them along what users take together; --help lists the options
   doctor                    versions, extras, devices, threads, as found on this machine
 
   --any.key value overrides a value of the configuration; 'evolute fit --help' lists the keys
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipes": _recipes,
         "report": _report,
         "export": _export,
+        "data": _data,
+        "item-vectors": _item_vectors,
         "doctor": _doctor,
     }
     if command not in commands:
@@ -149,6 +153,19 @@ def _export(args: list[str]) -> int:
         return fail(str(error))
     print(f"wrote {args[1]}")
     return 0
+
+
+def _data(args: list[str]) -> int:
+    from evolute.item_commands import data_command
+
+    return data_command(args)
+
+
+def _item_vectors(args: list[str]) -> int:
+    hush()
+    from evolute.item_commands import item_vectors_command
+
+    return item_vectors_command(args)
 
 
 def _doctor(args: list[str]) -> int:

@@ -37,8 +37,10 @@ from evolute.geometry.curvature import (
     trace_samples,
 )
 from evolute.geometry.items import (
+    Form,
     Histories,
     RecPCA,
+    TableMethod,
     condition_number,
     cooccurrence_graph,
     effective_rank,
@@ -101,6 +103,7 @@ __all__ = [
     "Eigenpairs",
     "EmpiricalFisher",
     "Fisher",
+    "Form",
     "GaussNewton",
     "GeneralizedSharpness",
     "Hessian",
@@ -119,6 +122,7 @@ __all__ = [
     "SpectralDensity",
     "Support",
     "SymmetricOperator",
+    "TableMethod",
     "TraceSamples",
     "adam_diagonal",
     "adam_preconditioner",

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from matplotlib.figure import Figure
 
-from evolute.reports import figures, spectra
+from evolute.reports import figures, items, spectra
 from evolute.reports.run import NOT_LAYERS, Run
 
 
@@ -56,6 +56,45 @@ SECTIONS = (
         "overfitting; one that stays at the floor has learnt letter pairs and no more.",
         ("train/loss", "val/loss", "val/bits_per_byte"),
         "The recipe's module logs these; log train/loss from training_step in your own.",
+    ),
+    Section(
+        "ranking",
+        "Ranking",
+        items.ranking,
+        "Share of validation cases whose right item is among the first ten of all items, and the same with higher "
+        "places counting more. Good: rising and then flat; falling while the loss falls is overfitting. Compare only "
+        "runs with the same split, tie rule and treatment of seen items.",
+        ("val/ndcg@*",),
+        optional=True,
+    ),
+    Section(
+        "item-geometry",
+        "Geometry of the item vectors",
+        items.geometry,
+        "Good: a norm ratio near 1 (a few long items otherwise take the softmax), a mean cosine near 0 (a shared "
+        "direction removes curvature from all others), and a condition number of the loss in the query that stays "
+        "low: where it is thousands, the directions that tell similar items apart are the ones learned last.",
+        ("item_geometry/mean_cos",),
+        optional=True,
+    ),
+    Section(
+        "item-map",
+        "Map of the items",
+        items.item_map,
+        "Item vectors on their two directions of largest variance, at the first and the last measurement, coloured by "
+        "genre where the data knows it. Text vectors begin in clusters of genre; what training makes of them follows "
+        "what people take together.",
+        ("item_geometry/kept",),
+        optional=True,
+    ),
+    Section(
+        "item-neighbours",
+        "Neighbours of well-known items",
+        items.neighbours,
+        "The nearest three by cosine of the most frequent item of each of six genres, before and after training. "
+        "Good: from similar words to what the same people take.",
+        ("item_geometry/kept",),
+        optional=True,
     ),
     Section(
         "schedule",

@@ -10,7 +10,15 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from evolute.callbacks import CurvatureMonitor, LayerMonitor, NoiseAdaptiveLR, SpectrumProbe, StepRadius
+from evolute.callbacks import (
+    CurvatureMonitor,
+    ItemEmbeddingNorm,
+    ItemGeometry,
+    LayerMonitor,
+    NoiseAdaptiveLR,
+    SpectrumProbe,
+    StepRadius,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,20 @@ def _layers(**kwargs: Any) -> Callback:
 
 def _noise(**kwargs: Any) -> Callback:
     return NoiseAdaptiveLR(**kwargs)
+
+
+# The heads of the modules of the tests: their rows are what a recommender's items are.
+_HEADS = r"net\.(3|6)|head|encoder"
+
+
+def _items(**kwargs: Any) -> Callback:
+    return ItemGeometry(
+        **{"target": _HEADS, "query": r"net\.(2|5)", "every_n_steps": 3, "budget": None, "keep": 0, **kwargs}
+    )
+
+
+def _unit_items(**kwargs: Any) -> Callback:
+    return ItemEmbeddingNorm(**{"target": _HEADS, "query": None, "every_n_steps": 1, **kwargs})
 
 
 # Each process takes its share from its own part of the batch; all of the parts are all of the batch.
@@ -206,6 +228,39 @@ SETTINGS: dict[str, Setting] = {
             {"estimator": "third"},
             {"dual": "both"},
         ),
+    ),
+    "ItemGeometry": Setting(
+        _items,
+        "item_geometry",
+        "item_geometry/mean_cos",
+        bad=({"every_n_steps": 0}, {"queries": 0}, {"sample": 0}, {"budget": 0.0}),
+        everywhere={"query": None},  # each process would take its queries from its own part of the batch
+    ),
+    "ItemEmbeddingNorm": Setting(
+        _unit_items,
+        "item_norm",
+        "item_norm/stored_mean",
+        intervention=True,
+        neutral={"where": "none"},
+        everywhere={"row_norm": None},  # the weights that the others start from
+        bad=(
+            {"where": "inside"},
+            {"mode": "always"},
+            {"temperature": 0.0},
+            {"input_scale": -1.0},
+            {"row_norm": 0.0},
+            {"target": "("},
+            {"every_n_steps": 0},
+        ),
+        refuses=(Refusal({"strategy": "ZeRO-3"}, "shard"),),
+    ),
+    "ItemEmbeddingNorm-project": Setting(
+        partial(_unit_items, mode="project"),
+        "item_norm",
+        "item_norm/stored_mean",
+        intervention=True,
+        neutral={"dry_run": True},
+        refuses=(Refusal({"strategy": "ZeRO-3"}, "shard"),),
     ),
 }
 

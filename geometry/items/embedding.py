@@ -20,7 +20,7 @@ def embedding_geometry(table: Tensor, graph: Any = None, sample: int = 2048) -> 
     - ``norm_mean``, ``norm_ratio`` (largest over smallest), ``norm_cv`` (standard deviation over mean),
       ``norm_p99_p01``;
     - ``mean_cos``: mean cosine over all pairs, exact in O(n d): ``(|sum e_hat|^2 - n) / (n (n - 1))``;
-    - ``nn_cos``: mean cosine to the 10 nearest of evenly spaced rows; ``contrast = nn_cos - mean_cos``;
+    - ``nn_cos``: mean cosine to the 10 nearest of evenly spaced rows; well above ``mean_cos``, there are clusters;
     - ``eff_rank``: exponential of the entropy of the covariance's spectrum;
     - ``kappa_cov``: condition number of the covariance, damped by 1e-6 of its mean eigenvalue; ``null_dims``:
       eigenvalues below 1e-8 of the largest;
@@ -60,7 +60,6 @@ def embedding_geometry(table: Tensor, graph: Any = None, sample: int = 2048) -> 
         "norm_p99_p01": high / low,
         "mean_cos": mean_cos,
         "nn_cos": nn_cos,
-        "contrast": nn_cos - mean_cos,
         "eff_rank": effective_rank(values) if values[-1] > 0 else torch.ones(()),
         "kappa_cov": condition_number(covariance),
         "null_dims": (values < 1e-8 * values[-1]).sum(),

@@ -126,7 +126,9 @@ class End(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         backend, params = backend_for(trainer, "End"), named_parameters(pl_module)
-        self.weights = {n: w.clone() for n, w in backend.whole(params, backend.weights(params)).items()}
+        whole = backend.whole(params, backend.weights(params))
+        # A parametrization keeps the weight under a name of its own.
+        self.weights = {n.replace(".parametrizations.weight.original", ".weight"): w.clone() for n, w in whole.items()}
         if self.checkpoint is not None:
             trainer.save_checkpoint(self.checkpoint, weights_only=False)
 

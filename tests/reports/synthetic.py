@@ -39,6 +39,7 @@ def write_run(
     )
     for step in range(0, steps, 100):
         _write_spectrum(folder / "arrays" / "spectrum", step, rng)
+    _write_items(folder, (0, 100 * ((steps - 1) // 100)), rng)
     environment = {
         "bigram_floor_bits_per_byte": 3.412,
         "command": "evolute fit --config llm/pretrain",
@@ -70,6 +71,16 @@ def _write_spectrum(folder: Path, step: int, rng: np.random.Generator) -> None:
         arrays |= {f"{head}nodes": nodes[None], f"{head}weights": weights[None], f"{head}outliers": outliers}
         arrays |= {f"{head}size": np.array(1_000_000)}
     np.savez(folder / f"{step:08d}.npz", **arrays)
+
+
+def _write_items(folder: Path, steps: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Write the item vectors at two steps, and what the items are called."""
+    for step in dict.fromkeys(steps):
+        path = folder / "arrays" / "item_geometry" / f"{step:08d}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, table=rng.normal(size=(40, 5)))
+    names = {"title": [f"Film <{i}> $x$" for i in range(40)], "genre": ["War", "Noir", "Comedy", "Sci-Fi"] * 10}
+    (folder / "items.json").write_text(json.dumps({**names, "count": list(range(40))}))
 
 
 def _row(
@@ -111,12 +122,14 @@ def _row(
             row[f"layer/snr/{name}"] = base * math.exp(-2 * done) * wobble
     if step % 100 == 0:
         row |= {"spectrum/lambda_max": 80 / (1 + step / 300), "spectrum/lambda_min": -1.0, "spectrum/bulk_edge": 1.1}
+        row |= {f"item_geometry/{name}": 2.0 - done for name in ("norm_ratio", "mean_cos", "kappa_hess", "kept")}
         row |= {"spectrum/ggn_sharpness": 80 / (1 + step / 300), "spectrum/outliers": 3.0}
     if step % 10 == 0:
         ratio = 0.25 * math.exp(0.5 * rng.standard_normal()) * (1 + 2 * math.exp(-step / 60))
         row |= {"step/ghost_ratio": ratio, "step/ghost_ratio_p99": 0.6 * ratio, "step/time_ms": 9.0}
         row["step/clip_scale"] = min(1.0, 1 / ratio)
     if step % 100 == 99 or step == steps - 1:
+        row |= {"val/hr@10": 0.1 * done, "val/ndcg@10": 0.05 * done}
         val = loss + 0.06
         row |= {"val/loss": val, "val/bits_per_byte": val / math.log(2), "val/perplexity": math.exp(val)}
     return row

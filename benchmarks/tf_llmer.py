@@ -1,0 +1,198 @@
+"""Does normalising item vectors lower the training loss and lift the ranking, and does text help? On MovieLens-100K.
+
+    evolute data ml-100k
+    python benchmarks/tf_llmer.py run --encoder gru4rec     # resumable, one JSON a fit in benchmarks/results/tf_llmer
+    python benchmarks/tf_llmer.py table --encoder gru4rec   # what benchmarks/README.md shows
+
+Each arm takes the learning rate with the highest mean validation NDCG@10 on the choosing seeds, and is reported on
+seeds that chose nothing, at the epoch of its best validation. Leave-one-out, ties in file order, full ranking over all
+1,682 items.
+"""
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from evolute.callbacks import ItemEmbeddingNorm
+from evolute.data import InteractionDataModule
+from evolute.geometry import condition_number, softmax_covariance
+from evolute.models.recommender import all_items, ranking_metrics, target_ranks
+from evolute.recipes.recommender import Recommend
+
+RESULTS = Path(__file__).parent / "results" / "tf_llmer"
+ARMS: dict[str, dict[str, Any]] = {
+    "random": {"init": "random"},
+    "frozen+linear": {"init": "text", "adapter": "linear", "freeze": True},
+    "frozen gaussian": {"init": "gaussian", "adapter": "linear", "freeze": True},
+    "llm init": {"init": "truncate"},
+    "pca": {"init": "pca"},
+    "rec-pca": {"init": "rec_pca", "trade_off": 0.95},
+}
+RATES = {False: (1e-3, 3e-3, 1e-2), True: (1e-3, 3e-3, 1e-2)}
+CHOOSING, FRESH = (100, 101), (0, 1, 2, 3, 4)
+EPOCHS, LOSS_EPOCH, TEMPERATURE = 10, 8, 0.1
+
+
+class Curve(Callback):
+    """Training loss of each epoch, and rankings of validation and test after it, seen items kept and left out."""
+
+    def __init__(self, data: InteractionDataModule) -> None:
+        self.loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
+        self.rows: list[dict[str, float]] = []
+        self.losses: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["loss"].detach())
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        row = {"train_loss": float(torch.stack(self.losses).mean())}
+        self.losses.clear()
+        module.eval()
+        with torch.no_grad():
+            for stage, loader in self.loaders.items():
+                ranks = [ranks_of(module, batch) for batch in loader]
+                for name, each in zip((stage, f"{stage}_filtered"), zip(*ranks, strict=True), strict=True):
+                    found = ranking_metrics(torch.cat(each), [10])
+                    row |= {f"{name}/{metric}": float(value) for metric, value in found.items()}
+        module.train()
+        self.rows.append(row)
+
+
+def ranks_of(module: Recommend, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, table = module.user_queries(batch)
+    return target_ranks(queries, table, batch["target"]), target_ranks(queries, table, batch["target"], batch["seen"])
+
+
+def kappa(module: Recommend, data: InteractionDataModule) -> float:
+    """Condition number of the loss's Hessian in the query, damped, geometric mean over 64 test queries."""
+    module.eval()
+    with torch.no_grad():
+        queries, table = module.user_queries(next(iter(data.test_dataloader())))
+        probs = torch.softmax(queries[:64].double() @ table.double().T, 1)
+        return float(condition_number(softmax_covariance(table, probs)).log().mean().exp())
+
+
+def fit(encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str, **extra: Any) -> dict[str, Any]:
+    L.seed_everything(seed, verbose=False)
+    data = InteractionDataModule(vectors=vectors, seed=seed, batch_size=32)
+    data.setup("fit")
+    module = Recommend(encoder=encoder, lr=lr, **ARMS[arm], **extra)  # type: ignore[arg-type]
+    curve = Curve(data)
+    callbacks: list[Any] = [curve, *([ItemEmbeddingNorm(temperature=TEMPERATURE)] if norm else [])]
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=EPOCHS, gradient_clip_val=5.0, logger=False, callbacks=callbacks,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    begin = time.process_time()
+    trainer.fit(module, data)
+    cpu = time.process_time() - begin
+    norms = all_items(module.item_emb).detach().norm(dim=1)
+    return {
+        "encoder": encoder, "arm": arm, "norm": norm, "lr": lr, "seed": seed, "vectors": vectors, "cpu_s": cpu,
+        "curve": curve.rows, "kappa_hess": kappa(module, data), "norm_ratio": float(norms.max() / norms.min()), **extra,
+    }  # fmt: skip
+
+
+def path_of(encoder: str, arm: str, norm: bool, lr: float, seed: int) -> Path:
+    name = f"{encoder}-{arm.replace(' ', '_')}-{'norm' if norm else 'none'}-{lr:g}-{seed}.json"
+    return RESULTS / name
+
+
+def once(encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str) -> dict[str, Any]:
+    path = path_of(encoder, arm, norm, lr, seed)
+    if not path.exists():
+        result = fit(encoder, arm, norm, lr, seed, vectors)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(result))
+        part.replace(path)
+        last = result["curve"][-1]
+        print(
+            path.stem,
+            f"{result['cpu_s']:.0f} s",
+            f"loss {last['train_loss']:.3f}",
+            f"ndcg {best(result):.4f}",
+            flush=True,
+        )
+    return json.loads(path.read_text())
+
+
+def best(result: dict[str, Any], metric: str = "test/ndcg@10") -> float:
+    """A metric at the epoch of the best validation NDCG@10."""
+    return max(result["curve"], key=lambda row: row["val/ndcg@10"])[metric]
+
+
+def rate(encoder: str, arm: str, norm: bool, vectors: str, seeds: tuple[int, ...]) -> float:
+    def score(lr: float) -> float:
+        found = [once(encoder, arm, norm, lr, seed, vectors) for seed in seeds]
+        return float(np.mean([best(r, "val/ndcg@10") for r in found]))
+
+    return max(RATES[norm], key=score)
+
+
+def run(encoder: str, arms: list[str], vectors: str, choosing: tuple[int, ...], fresh: tuple[int, ...]) -> None:
+    for arm in arms:
+        for norm in (False, True):
+            lr = rate(encoder, arm, norm, vectors, choosing)
+            for seed in fresh:
+                once(encoder, arm, norm, lr, seed, vectors)
+
+
+def table(encoder: str) -> None:
+    """Print what there is: means over fresh seeds with standard errors, at the rate with most fresh seeds."""
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{encoder}-*.json"))]
+    print("| arm | norm | lr | seeds | train loss, epoch 8 | NDCG@10 | NDCG@10, seen left out | κ of the Hessian |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arm in ARMS:
+        for norm in (False, True):
+            runs = [r for r in found if r["arm"] == arm and r["norm"] == norm and r["seed"] in FRESH]
+            rates = [r["lr"] for r in runs]
+            if not rates:
+                continue
+            lr = max(set(rates), key=rates.count)
+            runs = [r for r in runs if r["lr"] == lr]
+            columns = [
+                [r["curve"][LOSS_EPOCH - 1]["train_loss"] for r in runs],
+                [best(r) for r in runs],
+                [best(r, "test_filtered/ndcg@10") for r in runs],
+            ]
+            cells = [
+                f"{np.mean(c):.4f} ± {np.std(c, ddof=1) / len(c) ** 0.5 if len(c) > 1 else 0:.4f}" for c in columns
+            ]
+            kappas = float(np.exp(np.mean([np.log(r["kappa_hess"]) for r in runs])))
+            print(
+                f"| {arm} | {'yes' if norm else 'no'} | {lr:g} | {len(runs)} | "
+                + " | ".join(cells)
+                + f" | {kappas:.0f} |"
+            )
+
+
+def main() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--encoder", default="gru4rec")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS))
+    parser.add_argument("--vectors", default="wordllama")
+    parser.add_argument("--choosing", nargs="*", type=int, default=list(CHOOSING))
+    parser.add_argument("--fresh", nargs="*", type=int, default=list(FRESH))
+    a = parser.parse_args()
+    if a.what == "table":
+        table(a.encoder)
+    else:
+        run(a.encoder, a.arms, a.vectors, tuple(a.choosing), tuple(a.fresh))
+
+
+if __name__ == "__main__":
+    main()
