@@ -29,10 +29,11 @@ def report(results: Path) -> int:
         bars += memory(memories, runs, models)
     if (results / "ghost.json").exists():
         g = json.loads((results / "ghost.json").read_text())
-        text = f"ghost, 50k classes: {spread(g['ratios'], '.2f')} forward passes (at most 1.3)"
-        bars.append((g["ratio"] <= 1.3, text))
-        text = f"ghost, 50k classes: peak {g['mib']:.0f} MiB, the logits would take {g['logits_mib']:.0f}"
-        bars.append((g["mib"] < g["logits_mib"] / 2, text))
+        one, both = g["recomputed_spread"], g["head_spread"]
+        text = f"ghost, 50k classes: {spread(one['ratios'], '.2f')} forward passes of the head (at most 1.3)"
+        bars.append((one["ratio"] <= 1.3, f"{text}; without any logits {spread(both['ratios'], '.2f')}"))
+        text = f"ghost, 50k classes: peak {one['mib']:.0f} MiB beside the logits after the step, {g['logits_mib']:.0f}"
+        bars.append((one["mib"] < g["logits_mib"] / 2, text))
     print()
     for met, text in bars:
         print("met   " if met else "MISSED", text)
