@@ -22,6 +22,8 @@ _MIDDLE = np.float32(-0.35)
 _AT_MIDDLE = np.float32(math.exp(-0.35))
 _FAINT, _OPAQUE, _SPENT = np.float32(FAINT), np.float32(OPAQUE), np.float32(SPENT)
 _BEYOND = np.float32(5.6)  # exp(-5.6) is below 1/255: the polynomial holds up to here and nothing farther is drawn
+_ROW, _AREA = np.uint64(TILE), np.uint64(TILE * TILE)
+_2, _3, _4, _5, _6, _7, _8 = (np.uint64(k) for k in range(2, 9))
 _ONE, _HALF, _ZERO, _EIGHTH = np.float32(1), np.float32(0.5), np.float32(0), np.float32(0.125)
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
 
@@ -50,7 +52,20 @@ def _span(center, half, origin, size):
     """Return the half-open range of a tile's pixels whose centres lie within ``half`` of ``center``."""
     low = max(0, math.ceil(center - half - _HALF) - origin)
     high = min(size, math.floor(center + half - _HALF) + 1 - origin)
-    return low, high
+    return (low, high) if low < high else (0, 0)
+
+
+@numba.njit(inline="always")
+def _open(state, rows, columns):
+    """Set transmittance to 1 inside the image and to -1, closed, beyond it: there it is computed and not used."""
+    for y in range(TILE):
+        for x in range(TILE):
+            state[y * TILE + x] = _ONE if (y < rows) & (x < columns) else -_ONE
+
+
+# The loops over a row run over all of its pixels: the compiler then knows their number and makes vector instructions
+# of them, which pays even where a Gaussian covers a few pixels only. For that it also has to see that nothing overlaps:
+# what a loop writes lies in few arrays, at distances known to it, and is indexed without a sign.
 
 
 def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passed):
@@ -60,45 +75,49 @@ def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passe
     for tile in numba.prange(len(offsets) - 1):
         top, left = (tile // across) * TILE, (tile % across) * TILE
         rows, columns = min(TILE, height - top), min(TILE, width - left)
-        light = np.ones((TILE, TILE), np.float32)
-        live = np.ones((TILE, TILE), np.float32)
-        total = np.zeros((channels, TILE, TILE), np.float32)
-        weight = np.empty(TILE, np.float32)
-        left_open = rows * columns
+        light = np.empty(_AREA, np.float32)  # transmittance, negative once a pixel is closed
+        _open(light, rows, columns)
+        total = np.zeros((channels, TILE * TILE), np.float32)
+        lanes = np.empty(2 * TILE, np.float32)  # weight, and x, pixel by pixel of a row
+        for x in range(TILE):
+            lanes[TILE + x] = x
+        left_open = np.float32(rows * columns)
         for at in range(offsets[tile], offsets[tile + 1]):
             k = ids[at]
             mx, my, opacity = means[k, 0], means[k, 1], opacities[k]
             a, b, c = conics[k, 0] * _HALF, conics[k, 1], conics[k, 2] * _HALF
-            x0, x1 = _span(mx, reach[k, 0], left, columns)
             y0, y1 = _span(my, reach[k, 1], top, rows)
+            first = mx - (np.float32(left) + _HALF)
+            closed = _ZERO
             for y in range(y0, y1):
                 dy = my - (np.float32(top + y) + _HALF)
                 cyy, by = c * dy * dy, b * dy
-                closed = 0
-                for x in range(x0, x1):
-                    dx = mx - (np.float32(left + x) + _HALF)
+                row = np.uint64(y * TILE)
+                for i in range(_ROW):
+                    dx = first - lanes[i + _ROW]
                     s = (a * dx + by) * dx + cyy
+                    before = light[row + i]
                     alpha = min(_OPAQUE, opacity * _falloff(s))
-                    drawn = (alpha >= _FAINT) & (s >= _ZERO) & (s < _BEYOND) & (live[y, x] > _ZERO)
-                    after = light[y, x] * (_ONE - alpha)
+                    drawn = (alpha >= _FAINT) & (s >= _ZERO) & (s < _BEYOND) & (before > _ZERO)
+                    after = before * (_ONE - alpha)
                     ends = drawn & (after <= _SPENT)
                     adds = drawn & (after > _SPENT)
-                    weight[x] = light[y, x] * alpha if adds else _ZERO
-                    light[y, x] = after if adds else light[y, x]
-                    live[y, x] = _ZERO if ends else live[y, x]
-                    closed += 1 if ends else 0
-                left_open -= closed
+                    lanes[i] = before * alpha if adds else _ZERO
+                    light[row + i] = after if adds else (-before if ends else before)
+                    closed += _ONE if ends else _ZERO
                 for channel in range(channels):
                     color = colors[k, channel]
-                    for x in range(x0, x1):
-                        total[channel, y, x] += weight[x] * color
-            if left_open == 0:
+                    sums = total[channel]
+                    for i in range(_ROW):
+                        sums[row + i] += lanes[i] * color
+            left_open -= closed
+            if left_open == _ZERO:
                 break
         for y in range(rows):
             for x in range(columns):
-                passed[top + y, left + x] = light[y, x]
+                passed[top + y, left + x] = abs(light[y * TILE + x])
                 for channel in range(channels):
-                    image[top + y, left + x, channel] = total[channel, y, x]
+                    image[top + y, left + x, channel] = total[channel, y * TILE + x]
 
 
 def _backward(
@@ -110,80 +129,92 @@ def _backward(
     for tile in numba.prange(len(offsets) - 1):
         top, left = (tile // across) * TILE, (tile % across) * TILE
         rows, columns = min(TILE, height - top), min(TILE, width - left)
-        light = np.ones((TILE, TILE), np.float32)
-        live = np.ones((TILE, TILE), np.float32)
-        behind = np.empty((TILE, TILE), np.float32)
-        upstream = np.empty((channels, TILE, TILE), np.float32)
-        weight, dot = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+        state = np.zeros(2 * TILE * TILE, np.float32)  # transmittance, and what lies behind
+        _open(state, rows, columns)
+        upstream = np.zeros((channels, TILE * TILE), np.float32)
+        lanes = np.empty(9 * TILE, np.float32)  # upstream . colour, weight, six sums, x, pixel by pixel of a row
+        for x in range(TILE):
+            lanes[8 * TILE + x] = x
+        tints = np.empty((channels, TILE), np.float32)
         for y in range(rows):
             for x in range(columns):
                 rest = -passed[top + y, left + x] * alpha_grad[top + y, left + x]
                 for channel in range(channels):
                     g = image_grad[top + y, left + x, channel]
-                    upstream[channel, y, x] = g
+                    upstream[channel, y * TILE + x] = g
                     rest += g * image[top + y, left + x, channel]
-                behind[y, x] = rest
-        left_open = rows * columns
+                state[TILE * TILE + y * TILE + x] = rest
+        left_open = np.float32(rows * columns)
         for at in range(offsets[tile], offsets[tile + 1]):
             k = ids[at]
             mx, my, opacity = means[k, 0], means[k, 1], opacities[k]
             a, b, c = conics[k, 0] * _HALF, conics[k, 1], conics[k, 2] * _HALF
-            x0, x1 = _span(mx, reach[k, 0], left, columns)
             y0, y1 = _span(my, reach[k, 1], top, rows)
-            sum_x = sum_y = sum_xx = sum_xy = sum_yy = sum_o = _ZERO
+            first = mx - (np.float32(left) + _HALF)
+            lanes[: 8 * TILE] = _ZERO
+            tints[:] = _ZERO
+            closed = _ZERO
             for y in range(y0, y1):
                 dy = my - (np.float32(top + y) + _HALF)
                 cyy, by = c * dy * dy, b * dy
-                for x in range(x0, x1):
-                    dot[x] = _ZERO
+                row = np.uint64(y * TILE)
+                for i in range(_ROW):
+                    lanes[i] = _ZERO
                 for channel in range(channels):
                     color = colors[k, channel]
-                    for x in range(x0, x1):
-                        dot[x] += upstream[channel, y, x] * color
-                closed = 0
-                row = row_x = row_xx = row_o = _ZERO
-                for x in range(x0, x1):
-                    dx = mx - (np.float32(left + x) + _HALF)
+                    g = upstream[channel]
+                    for i in range(_ROW):
+                        lanes[i] += g[row + i] * color
+                for i in range(_ROW):
+                    dx = first - lanes[i + _ROW * _8]
                     s = (a * dx + by) * dx + cyy
+                    before = state[row + i]
                     falloff = _falloff(s)
                     alpha = min(_OPAQUE, opacity * falloff)
-                    drawn = (alpha >= _FAINT) & (s >= _ZERO) & (s < _BEYOND) & (live[y, x] > _ZERO)
-                    after = light[y, x] * (_ONE - alpha)
+                    drawn = (alpha >= _FAINT) & (s >= _ZERO) & (s < _BEYOND) & (before > _ZERO)
+                    after = before * (_ONE - alpha)
                     ends = drawn & (after <= _SPENT)
                     adds = drawn & (after > _SPENT)
-                    w = light[y, x] * alpha if adds else _ZERO
-                    weight[x] = w
-                    behind[y, x] -= w * dot[x]
-                    by_alpha = light[y, x] * dot[x] - behind[y, x] / (_ONE - alpha)
-                    by_alpha = by_alpha if adds & (opacity * falloff < _OPAQUE) else _ZERO
+                    w = before * alpha if adds else _ZERO
+                    rest = state[row + i + _AREA] - w * lanes[i]
+                    by_alpha = before * lanes[i] - rest / (_ONE - alpha)
+                    by_alpha = by_alpha if adds & (alpha < _OPAQUE) else _ZERO
                     by_s = -by_alpha * alpha
-                    row += by_s
-                    row_x += by_s * dx
-                    row_xx += by_s * dx * dx
-                    row_o += by_alpha * falloff
-                    light[y, x] = after if adds else light[y, x]
-                    live[y, x] = _ZERO if ends else live[y, x]
-                    closed += 1 if ends else 0
-                left_open -= closed
-                sum_x += row_x
-                sum_y += row * dy
-                sum_xx += row_xx
-                sum_xy += row_x * dy
-                sum_yy += row * dy * dy
-                sum_o += row_o
+                    state[row + i] = after if adds else (-before if ends else before)
+                    state[row + i + _AREA] = rest
+                    lanes[i + _ROW] = w
+                    lanes[i + _ROW * _2] += by_s * dx
+                    lanes[i + _ROW * _3] += by_s * dy
+                    lanes[i + _ROW * _4] += by_s * dx * dx
+                    lanes[i + _ROW * _5] += by_s * dx * dy
+                    lanes[i + _ROW * _6] += by_s * dy * dy
+                    lanes[i + _ROW * _7] += by_alpha * falloff if adds else _ZERO
+                    closed += _ONE if ends else _ZERO
                 for channel in range(channels):
-                    g = _ZERO
-                    for x in range(x0, x1):
-                        g += weight[x] * upstream[channel, y, x]
-                    rows_out[at, 6 + channel] += g
+                    g, tint = upstream[channel], tints[channel]
+                    for i in range(_ROW):
+                        tint[i] += lanes[i + _ROW] * g[row + i]
+            sum_x, sum_y = _added(lanes, 2), _added(lanes, 3)
             rows_out[at, 0] = conics[k, 0] * sum_x + b * sum_y
             rows_out[at, 1] = b * sum_x + conics[k, 2] * sum_y
-            rows_out[at, 2] = _HALF * sum_xx
-            rows_out[at, 3] = sum_xy
-            rows_out[at, 4] = _HALF * sum_yy
-            rows_out[at, 5] = sum_o
-            if left_open == 0:
+            rows_out[at, 2] = _HALF * _added(lanes, 4)
+            rows_out[at, 3] = _added(lanes, 5)
+            rows_out[at, 4] = _HALF * _added(lanes, 6)
+            rows_out[at, 5] = _added(lanes, 7)
+            for channel in range(channels):
+                rows_out[at, 6 + channel] = _added(tints[channel], 0)
+            left_open -= closed
+            if left_open == _ZERO:
                 break
+
+
+@numba.njit(inline="always", fastmath=_FAST)
+def _added(lanes, row):
+    """Return the sum over row ``row`` of ``lanes``."""
+    total = _ZERO
+    for i in range(TILE):
+        total += lanes[row * TILE + i]
+    return total
 
 
 @numba.njit(cache=True)

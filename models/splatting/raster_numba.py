@@ -28,7 +28,7 @@ class Blend(torch.autograd.Function):
         passed = torch.empty(size)
         kernels.forward[_parallel()](*(t.numpy() for t in (*inputs, ids, offsets, image, passed)))
         ctx.save_for_backward(*inputs, ids, offsets, image, passed)
-        return image.clone(), 1 - passed
+        return image, 1 - passed
 
     @override
     @staticmethod
@@ -55,8 +55,8 @@ def blend(
 ) -> tuple[Tensor, Tensor]:
     """Blend as :func:`evolute.models.splatting.raster_torch.blend` does, for float32 tensors on the CPU.
 
-    Runs on as many threads as torch does (:func:`torch.set_num_threads`). The same inputs give the same bits; one thread
-    and several are compiled apart and may differ by rounding.
+    Runs on as many threads as torch does (:func:`torch.set_num_threads`). The same inputs give the same bits; one
+    thread and several are compiled apart and may differ by rounding.
     """
     image, alpha = Blend.apply(means2d, conics, opacities, colors, lists, size)  # pyright: ignore
     return image, alpha

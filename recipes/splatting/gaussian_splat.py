@@ -39,6 +39,8 @@ class GaussianSplat(L.LightningModule):
         budget: largest number of Gaussians to start with; give ``GaussianDensify`` the same one.
         initial: share of ``budget`` to begin with; less than 1 leaves room to grow.
         allocation: ``"geometry_texture"`` (GTLR-GS) or ``"uniform"``.
+        shape_weight: of surface variation in the allocation.
+        texture_weight: of texture variation.
         base_ratio: share of the points drawn uniformly under ``"geometry_texture"``.
         neighbours: points in a neighbourhood, for allocation and normals.
         normalise: see :func:`evolute.geometry.allocation_probabilities`.
@@ -75,6 +77,8 @@ class GaussianSplat(L.LightningModule):
         budget: int = 4000,
         initial: float = 1.0,
         allocation: Literal["geometry_texture", "uniform"] = "geometry_texture",
+        shape_weight: float = 0.5,
+        texture_weight: float = 0.5,
         base_ratio: float = 0.0,
         neighbours: int = 64,
         normalise: Literal["minmax", "quantile"] = "minmax",
@@ -99,6 +103,7 @@ class GaussianSplat(L.LightningModule):
         super().__init__()
         for name, value, least, most in (
             ("budget", budget, 1, math.inf), ("initial", initial, 1e-9, 1), ("base_ratio", base_ratio, 0, 1),
+            ("shape_weight", shape_weight, 0, math.inf), ("texture_weight", texture_weight, 0, math.inf),
             ("neighbours", neighbours, 2, math.inf), ("init_opacity", init_opacity, 1e-4, 0.9999),
             ("init_scale", init_scale, 1e-6, math.inf), ("sh_degree", sh_degree, 0, 3),
             ("means_decay", means_decay, 1e-9, 1), ("dssim", dssim, 0, 1), ("depth_weight", depth_weight, 0, math.inf),
@@ -158,7 +163,9 @@ class GaussianSplat(L.LightningModule):
         uniform = torch.full((len(points),), 1 / len(points))
         p = uniform
         if s.allocation == "geometry_texture":
-            p = allocation_probabilities(points, colors, s.neighbours, normalise=s.normalise, base_ratio=s.base_ratio)
+            p = allocation_probabilities(
+                points, colors, s.neighbours, s.shape_weight, s.texture_weight, s.normalise, s.base_ratio
+            )
         chosen = draw(p, count, torch.Generator().manual_seed(s.allocation_seed))
         normals = neighbourhoods(points, min(s.neighbours, 16)).normals[chosen] if s.flat else None
         if s.allocation == "geometry_texture":
