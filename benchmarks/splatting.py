@@ -1,10 +1,11 @@
 """Geometry-texture allocation and depth supervision on the synthetic room: do they do what they are for?
 
 Arms, all at 4,000 Gaussians, 400 steps and without densification, so that only what is named differs: ``gtlr``
-(allocation by shape and texture, depth loss with simulated LiDAR, sparse and noisy), ``uniform`` (the same with a uniform draw), ``shape`` and
-``texture`` (one of the two terms alone: the control that says which does the work), ``no_depth`` (``gtlr`` without the
-depth loss), ``full_depth`` (its weight at the paper's 1). Each arm takes the factor on all learning rates that is best
-for it on the selection seeds and is compared on fresh ones, paired by seed (same scan, same order of views).
+(allocation by shape and texture, depth loss with simulated LiDAR, sparse and noisy), ``uniform`` (the same with a
+uniform draw), ``shape`` and ``texture`` (one of the two terms alone: the control that says which does the work),
+``no_depth`` (``gtlr`` without the depth loss), ``full_depth`` (its weight at the paper's 1). Each arm takes the factor
+on all learning rates that is best for it on the selection seeds and is compared on fresh ones, paired by seed (same
+scan, same order of views).
 
     python benchmarks/splatting.py                # all of it, resumable
     python benchmarks/splatting.py --report       # only what is there

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from matplotlib.figure import Figure
 
-from evolute.reports import figures, items, spectra
+from evolute.reports import figures, items, spectra, views
 from evolute.reports.run import NOT_LAYERS, Run
 
 
@@ -94,6 +94,25 @@ SECTIONS = (
         "The nearest three by cosine of the most frequent item of each of six genres, before and after training. "
         "Good: from similar words to what the same people take.",
         ("item_geometry/kept",),
+        optional=True,
+    ),
+    Section(
+        "views",
+        "Held-out views",
+        views.views,
+        "Good: renders that differ from the truth at edges only. A floater is a bright spot of error with a patch of "
+        "depth error around it; a whole wall of depth error is a surface that colour alone does not place. Red lies "
+        "too near, blue too far; white is right, or unknown.",
+        ("val/psnr",),
+        optional=True,
+    ),
+    Section(
+        "quality",
+        "Quality of held-out views",
+        views.quality,
+        "Good: PSNR rises and depth error falls until the end. PSNR that falls while training improves is overfitting "
+        "to the training views; a number of Gaussians that is flat has reached its budget.",
+        ("val/psnr",),
         optional=True,
     ),
     Section(

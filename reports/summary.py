@@ -100,17 +100,30 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         spent_note = f"{spent:.1f} s in all; time/step_ms not recorded"
     else:
         spent_note = f"{spent:.1f} s of {s['wall_seconds']:.0f} s"
+    first = ("Validation, bits per byte", _show(bits, ".3f"), floor_note if bits is not None else "not recorded")
+    pace = ("Tokens per second", _show(speed, ",.0f"), "median" if speed is not None else "not recorded")
+    if (psnr := run.last("val/psnr")) is not None:
+        first, pace = _of_views(run, psnr)
     return [
-        ("Validation, bits per byte", _show(bits, ".3f"), floor_note if bits is not None else "not recorded"),
+        first,
         (
             "Last sharpness",
             "–" if sharp is None else _three_digits(sharp),
             limit_note if sharp is not None else "needs CurvatureMonitor",
         ),
         ("Largest step ratio", _show(ratio, ".2f"), f"at step {at:.0f}" if at is not None else "needs StepRadius"),
-        ("Tokens per second", _show(speed, ",.0f"), "median" if speed is not None else "not recorded"),
+        pace,
         ("Time in callbacks", _show(share, ".1%"), spent_note),
     ]
+
+
+def _of_views(run: Run, psnr: float) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    """Return what stands in the first and the fourth place where views are rendered: quality, and seconds a step."""
+    notes = [("SSIM", "val/ssim", ".3f"), ("LPIPS", "val/lpips", ".3f"), ("depth error", "val/depth_mae", ".3f")]
+    note = ", ".join(f"{name} {run.last(key):{spec}}" for name, key, spec in notes if run.has(key))
+    steps, count = run.series("time/step_ms")[1], run.last("train/gaussians")
+    pace = _show(float(np.median(steps)) / 1000 if steps.size else None, ".3f")
+    return ("Validation, PSNR in dB", f"{psnr:.2f}", note), ("Seconds a step", pace, f"{count or 0:,.0f} Gaussians")
 
 
 def print_summary(run: Run, report: Path | None = None, console: Console | None = None) -> None:

@@ -17,6 +17,8 @@ LAYERS = [
     "lm_head.weight",
 ]
 assert len(LAYERS) == 41
+OF_OTHER_TASKS = {"views", "quality"}
+"""Sections that a language model's run has nothing for."""
 
 
 def write_run(
