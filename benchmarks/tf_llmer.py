@@ -3,6 +3,7 @@
     evolute data ml-100k
     python benchmarks/tf_llmer.py run --encoder gru4rec     # resumable, one JSON a fit in benchmarks/results/tf_llmer
     python benchmarks/tf_llmer.py table --encoder gru4rec   # what benchmarks/README.md shows
+    python benchmarks/tf_llmer.py cold                      # items with few training events, and with none
 
 Each arm takes the learning rate with the highest mean validation NDCG@10 on the choosing seeds, and is reported on
 seeds that chose nothing, at the epoch of its best validation. Leave-one-out, ties in file order, full ranking over all
@@ -81,11 +82,13 @@ def kappa(module: Recommend, data: InteractionDataModule) -> float:
         return float(condition_number(softmax_covariance(table, probs)).log().mean().exp())
 
 
-def fit(encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str, **extra: Any) -> dict[str, Any]:
+def fit(
+    encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str, hold_out_items: float = 0.0
+) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
-    data = InteractionDataModule(vectors=vectors, seed=seed, batch_size=32)
+    data = InteractionDataModule(vectors=vectors, seed=seed, batch_size=32, hold_out_items=hold_out_items)
     data.setup("fit")
-    module = Recommend(encoder=encoder, lr=lr, **ARMS[arm], **extra)  # type: ignore[arg-type]
+    module = Recommend(encoder=encoder, lr=lr, **ARMS[arm])  # type: ignore[arg-type]
     curve = Curve(data)
     callbacks: list[Any] = [curve, *([ItemEmbeddingNorm(temperature=TEMPERATURE)] if norm else [])]
     trainer = L.Trainer(
@@ -98,8 +101,47 @@ def fit(encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str, 
     norms = all_items(module.item_emb).detach().norm(dim=1)
     return {
         "encoder": encoder, "arm": arm, "norm": norm, "lr": lr, "seed": seed, "vectors": vectors, "cpu_s": cpu,
-        "curve": curve.rows, "kappa_hess": kappa(module, data), "norm_ratio": float(norms.max() / norms.min()), **extra,
+        "curve": curve.rows, "kappa_hess": kappa(module, data), "norm_ratio": float(norms.max() / norms.min()),
+        "groups": by_events(module, data),
     }  # fmt: skip
+
+
+COLD = (("random", False), ("random", True), ("llm init", True), ("pca", True), ("rec-pca", True))
+
+
+def cold(encoder: str, vectors: str, seeds: tuple[int, ...], lr: float, share: float = 0.1) -> None:
+    """Rank targets by how often training saw them: a tenth of the items is removed from it altogether.
+
+    Their rows stay what the text made them, ``z = (x - mean) P``; the share of targets they are is small, so the mean
+    reciprocal rank among all items is shown as well.
+    """
+    print("| arm | norm | seed | NDCG@10, MRR: no event | 1 to 5 events | more |\n|---|---|---|---|---|---|")
+    for arm, norm in COLD:
+        for seed in seeds:
+            path = RESULTS / f"cold-{encoder}-{arm.replace(' ', '_')}-{norm}-{lr:g}-{seed}.json"
+            if not path.exists():
+                found = fit(encoder, arm, norm, lr, seed, vectors, hold_out_items=share)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found))
+            groups = json.loads(path.read_text())["groups"]
+            cells = [f"{g['ndcg@10']:.4f}, {g['mrr']:.4f} ({g['targets']})" for g in groups]
+            print(f"| {arm} | {'yes' if norm else 'no'} | {seed} | " + " | ".join(cells) + " |", flush=True)
+
+
+def by_events(module: Recommend, data: InteractionDataModule) -> list[dict[str, float]]:
+    """Rankings of the test targets with no training event, with 1 to 5, with more."""
+    module.eval()
+    batches = list(data.test_dataloader())
+    with torch.no_grad():
+        ranks = torch.cat([ranks_of(module, batch)[1] for batch in batches])
+    count = torch.from_numpy(data.train_counts)[torch.cat([batch["target"] for batch in batches])]
+    groups = []
+    for low, high in ((0, 0), (1, 5), (6, 10**9)):
+        chosen = ranks[(count >= low) & (count <= high)]
+        metrics = ranking_metrics(chosen, [10]) if len(chosen) else {"ndcg@10": torch.tensor(float("nan"))}
+        reciprocal = float((1 / chosen.double()).mean())
+        groups.append({"targets": len(chosen), "ndcg@10": float(metrics["ndcg@10"]), "mrr": reciprocal})
+    return groups
 
 
 def path_of(encoder: str, arm: str, norm: bool, lr: float, seed: int) -> Path:
@@ -181,15 +223,18 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("what", choices=("run", "table", "cold"))
     parser.add_argument("--encoder", default="gru4rec")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--vectors", default="wordllama")
     parser.add_argument("--choosing", nargs="*", type=int, default=list(CHOOSING))
     parser.add_argument("--fresh", nargs="*", type=int, default=list(FRESH))
+    parser.add_argument("--lr", type=float, default=1e-2, help="of the cold arms")
     a = parser.parse_args()
     if a.what == "table":
         table(a.encoder)
+    elif a.what == "cold":
+        cold(a.encoder, a.vectors, tuple(a.fresh), a.lr)
     else:
         run(a.encoder, a.arms, a.vectors, tuple(a.choosing), tuple(a.fresh))
 

@@ -12,7 +12,7 @@ from evolute.reports import style
 from evolute.reports.run import Run
 
 PANELS = (
-    ("norm_ratio", "longest over shortest item vector", True),
+    ("norm_ratio", "longest item vector\nover shortest", True),
     ("mean_cos", "mean cosine of two items", False),
     ("eff_rank", "effective rank", False),
     ("kappa_hess", "condition number of the\nloss in the query", True),
@@ -26,14 +26,19 @@ SHOWN = 6
 def geometry(runs: Sequence[Run]) -> Figure:
     """Norms, angles, spectrum and conditioning of the item vectors."""
     panels = [p for p in PANELS if any(run.has(f"item_geometry/{p[0]}") for run in runs)]
-    figure, axes = style.new_figure(-(-len(panels) // 2), 2, height=2.2)
+    rows = -(-len(panels) // 2)
+    figure, axes = style.new_figure(rows, 2, height=2.2 * rows)
     flat = [a for row in axes for a in row]
     for place, (name, text, log) in zip(flat, panels, strict=False):
         for index, run in enumerate(runs):
             label = run.name if len(runs) > 1 else None
             place.plot(*run.series(f"item_geometry/{name}"), color=style.run_colour(index), marker=".", label=label)
-        if log:
+        values = [run.series(f"item_geometry/{name}")[1] for run in runs if run.has(f"item_geometry/{name}")]
+        low, high = min(v.min() for v in values), max(v.max() for v in values)
+        if log and low > 0 and high / low > 1.05:
             place.set_yscale("log")
+        elif log:
+            place.set_ylim(0, 2 * high)
         style.label(place, style.STEP, text)
         style.legend(place)
     for place in flat[len(panels) :]:
@@ -57,7 +62,7 @@ def ranking(runs: Sequence[Run]) -> Figure:
 def item_map(runs: Sequence[Run]) -> Figure:
     """The item vectors on the two directions of their largest variance, at the first and the last measurement."""
     chosen = [run for run in runs if tables(run)]
-    figure, grid = style.new_figure(max(len(chosen), 1), 2, height=3.6)
+    figure, grid = style.new_figure(max(len(chosen), 1), 2, height=3.6 * max(len(chosen), 1))
     for run, row in zip(chosen, grid, strict=False):
         names = item_names(run)
         for place, (step, table) in zip(row, tables(run).items(), strict=False):

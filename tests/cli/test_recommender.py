@@ -98,6 +98,21 @@ def test_test_ranks_every_user_once(work, run, evolute):
     assert "test/ndcg@10" in result.out
 
 
+def test_curvature_radius_and_noise_are_measured_beside_the_norm(work, evolute):
+    config = yaml.safe_load((work / "tiny.yaml").read_text())
+    config["trainer"]["callbacks"] += [
+        {"class_path": "evolute.callbacks.CurvatureMonitor", "init_args": {"every_n_steps": 6, "budget": None}},
+        {"class_path": "evolute.callbacks.StepRadius", "init_args": {"every_n_steps": 6, "budget": None}},
+        {"class_path": "evolute.callbacks.NoiseAdaptiveLR", "init_args": {"every_n_steps": 2}},
+    ]
+    (work / "all.yaml").write_text(yaml.safe_dump(config))
+    result = evolute("fit", "--config", "all.yaml", "--run", "all", cwd=work)
+    assert result.code == 0, result.err
+    header = (work / "all" / "metrics.csv").read_text().splitlines()[0].split(",")
+    names = {"curvature/sharpness", "step/ghost_ratio", "noise/time_ms", "item_geometry/kappa_hess"}
+    assert names <= set(header)
+
+
 @pytest.mark.parametrize("encoder", ["sasrec", "bert4rec", "lightgcn"])
 def test_every_encoder_trains_with_the_norm(encoder, work, evolute):
     arguments = ["--model.init_args.encoder", encoder, "--model.init_args.encoder_args", "{}"]
