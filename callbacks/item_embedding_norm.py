@@ -224,7 +224,7 @@ class ItemEmbeddingNorm(Callback):
 
     def _install_query(self, module: nn.Module, child: nn.Module) -> None:
         if self.learn_temperature and not hasattr(module, "item_norm_log_scale"):
-            start = torch.tensor(-math.log(self.temperature))
+            start = torch.tensor([-math.log(self.temperature)])  # DeepSpeed takes no parameter without a dimension
             module.register_parameter("item_norm_log_scale", nn.Parameter(start))
 
         learned = module if self.learn_temperature else None

@@ -111,6 +111,13 @@ class RecPCA:
         S, T = self._moments(X, graph)
         self.iterations_ = 1
         P, self.eigenvalues_ = self._solve(S, T)
+        variances = np.einsum("ij,ij->j", P, S @ P)
+        if variances.min() <= NULL * variances.max():
+            empty = int((variances <= NULL * variances.max()).sum())
+            raise ValueError(
+                f"RecPCA(n_components={self.n_components}, trade_off={self.trade_off}): {empty} of them would hold no "
+                "variance; take fewer, or a smaller trade_off"
+            )
         if self.whiten and self.form != "generalized":
             P = P @ _inverse_root(P.T @ S @ P)
         P = P * np.sign(P[np.abs(P).argmax(0), np.arange(P.shape[1])])

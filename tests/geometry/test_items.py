@@ -351,6 +351,11 @@ def test_rec_pca_refuses():
         RecPCA(2).fit(x[:50], graph)
     with pytest.raises(ValueError, match="span at most 12"):
         RecPCA(40).fit(x, graph)
+    flat = np.concatenate([x[:, :3], x[:, :3] @ np.ones((3, 9))], axis=1)
+    for form in ("difference", "trace_ratio", "generalized"):
+        RecPCA(3, 0.5, form).fit(flat, graph)
+        with pytest.raises(ValueError, match="n_components=5"):
+            RecPCA(5, 0.5, form).fit(flat, graph)
     x[3, 5] = np.nan
     with pytest.raises(ValueError, match="dimension 5"):
         RecPCA(2).fit(x, graph)
