@@ -138,6 +138,17 @@ class PolicyLoss(nn.Module):
                 metrics["kl"] = kl.detach().sum() / count
         return PolicyLossOutput(loss, log_probs.detach(), entropy, kl.detach(), metrics)
 
+    def pull(self, log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor) -> Tensor:
+        """Return the derivative of each token's objective in its log-probability, the same shape; 0 where clipped.
+
+        The KL to a reference is left out.
+        """
+        if self.objective == "reinforce" or old_log_probs is None:
+            return advantages
+        ratio = (log_probs - old_log_probs).exp()
+        beyond = torch.where(advantages > 0, ratio > 1.0 + self.clip_high, ratio < 1.0 - self.clip_low)
+        return torch.where(beyond, 0.0, advantages * ratio)
+
     def _check(
         self,
         actions: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolute.callbacks.access import shape_of
+from evolute.models.policy_loss import PolicyLoss
 
 
 def regression_data(n: int = 64) -> TensorDataset:
@@ -43,6 +44,18 @@ class Regression(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02)
 
 
+def policy_loss(loss: nn.Module, hidden: Tensor, head: nn.Module, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of completions of one token."""
+    return loss(
+        hidden=hidden.unsqueeze(1),
+        head=head,
+        logits=logits.unsqueeze(1),
+        actions=y.unsqueeze(1),
+        advantages=x[:, :1].detach(),
+        mask=torch.ones_like(y, dtype=torch.bool).unsqueeze(1),
+    ).loss
+
+
 class Classifier(L.LightningModule):
     """An MLP with dropout, batch norm, a metric, a growing list, random augmentation: what a probe may disturb."""
 
@@ -62,12 +75,29 @@ class Classifier(L.LightningModule):
         self.messy = messy
         self.optimizer, self.lr, self.options = optimizer, lr, options
 
+    def become_policy(self) -> "Classifier":
+        """Learn by policy gradients from now on: classes are actions, and the first feature is their advantage."""
+        self.policy_loss = PolicyLoss()
+        self.loss_on = lambda batch: (*self.loss_of(*batch), batch[1])  # its loss goes through no cross-entropy
+        return self
+
+    def loss_of(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the logits."""
+        if not hasattr(self, "policy_loss"):
+            logits = self.net(x)
+            return F.cross_entropy(logits, y), logits
+        *body, head = getattr(self.net, "_orig_mod", self.net)
+        hidden = x
+        for layer in body:
+            hidden = layer(hidden)
+        logits = head(hidden)
+        return policy_loss(self.policy_loss, hidden, head, logits, x, y), logits
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         if self.messy:
             x = x + 0.01 * torch.randn_like(x)
-        logits = self.net(x)
-        loss = F.cross_entropy(logits, y)
+        loss, logits = self.loss_of(x, y)
         self.accuracy(logits.detach(), y)
         self.seen.append(float(loss.detach()))
         self.log("train/loss", loss, prog_bar=True)
@@ -230,21 +260,26 @@ class Net(L.LightningModule):
 class Mixed(L.LightningModule):
     """Tied, frozen and differently decayed parameters in one classifier: what a strategy may get wrong.
 
-    ``third.weight`` is ``second.weight``, ``first.bias`` is frozen, and vectors have a group of their own.
+    ``third.weight`` is ``second.weight``, ``first.bias`` is frozen, and vectors have a group of their own. With
+    ``policy``, classes are actions, and the first feature is their advantage.
     """
 
-    def __init__(self, optimizer: str = "adamw", lr: float = 0.02, **options: Any) -> None:
+    def __init__(self, optimizer: str = "adamw", lr: float = 0.02, policy: bool = False, **options: Any) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6)
         self.head = nn.Linear(6, 4)
         self.third.weight = self.second.weight
         self.first.bias.requires_grad_(False)
+        if policy:
+            self.policy_loss = PolicyLoss()
         self.kind, self.lr, self.options = optimizer, lr, options
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = batch[0]
         for layer in (self.first, self.second, self.third):
             x = torch.tanh(layer(x))
+        if hasattr(self, "policy_loss"):
+            return policy_loss(self.policy_loss, x, self.head, self.head(x), *batch)
         return F.cross_entropy(self.head(x), batch[1])
 
     def configure_optimizers(self) -> Any:

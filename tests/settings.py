@@ -3,19 +3,23 @@
 A callback enters the tests of ``tests/callbacks/test_contracts.py`` by being listed here.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks import (
+    CAPO,
     CurvatureMonitor,
+    EntropyMask,
     ItemEmbeddingNorm,
     ItemGeometry,
     LayerMonitor,
     NoiseAdaptiveLR,
+    RandomTokenMask,
     SpectrumProbe,
     StepRadius,
 )
@@ -52,6 +56,7 @@ class Setting:
         jumps: metrics that count or cut off at a threshold, so that the rounding of bfloat16 may move them anywhere;
             the matrix compares them in float32 only.
         refuses: where it may refuse instead.
+        policy: it needs a policy loss, which the modules under test then have.
     """
 
     make: Callable[..., Callback]
@@ -65,6 +70,7 @@ class Setting:
     everywhere: Mapping[str, Any] = field(default_factory=dict)
     jumps: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
+    policy: bool = False
 
 
 def _curvature(**kwargs: Any) -> Callback:
@@ -105,6 +111,18 @@ def _items(**kwargs: Any) -> Callback:
 
 def _unit_items(**kwargs: Any) -> Callback:
     return ItemEmbeddingNorm(**{"target": _HEADS, "query": None, "every_n_steps": 1, **kwargs})
+
+
+def _capo(**kwargs: Any) -> Callback:
+    return CAPO(**{"delta_f": 2e-4, "delta_h": 0.015, **kwargs})
+
+
+def _random(**kwargs: Any) -> Callback:
+    return RandomTokenMask(**{"rate": 0.3, **kwargs})
+
+
+def _entropy(**kwargs: Any) -> Callback:
+    return EntropyMask(**{"quantile": 0.4, **kwargs})
 
 
 # Each process takes its share from its own part of the batch; all of the parts are all of the batch.
@@ -263,6 +281,61 @@ SETTINGS: dict[str, Setting] = {
         refuses=(Refusal({"strategy": "ZeRO-3"}, "shard"),),
     ),
 }
+
+_SHARES = ("capo/reject_frac", "capo/reject_frac_fisher", "capo/reject_frac_hessian", "capo/seq_all_rejected")
+SETTINGS["CAPO"] = Setting(
+    _capo,
+    "capo",
+    "capo/reject_frac",
+    intervention=True,
+    neutral={"delta_f": math.inf, "delta_h": math.inf},
+    every_step=True,
+    policy=True,
+    bad=(
+        {"preset": "ppo"},
+        {"delta_f": 0.0},
+        {"delta_h": -0.1},
+        {"delta_h_low": 0.5},
+        {"optimizer_model": "muon"},
+        {"top_k": 0},
+        {"fisher": "none"},
+        {"model": "cubic"},
+        {"granularity": "word"},
+        {"max_reject_frac": 0.0},
+        {"max_rows": 0},
+        {"log_tokens": -1},
+        {"denominator": "some"},
+        {"start_step": -1},
+    ),
+    jumps=(*_SHARES, "capo/reject_frac_pos_adv", "capo/reject_frac_neg_adv"),
+)
+SETTINGS["CAPO-sgd"] = replace(
+    SETTINGS["CAPO"],
+    make=partial(_capo, optimizer_model="sgd", delta_f=1e-5, delta_h=1e-2, denominator="original"),
+    bad=(),
+)
+SETTINGS["RandomTokenMask"] = Setting(
+    _random,
+    "random_mask",
+    "random_mask/reject_frac",
+    intervention=True,
+    neutral={"rate": 0.0},
+    every_step=True,
+    policy=True,
+    bad=({"rate": 1.0}, {"rate": -0.1}, {"rate": "some"}, {"denominator": "none"}),
+    everywhere={"rate": 0.0},  # each process draws for itself
+)
+SETTINGS["EntropyMask"] = Setting(
+    _entropy,
+    "entropy_mask",
+    "entropy_mask/reject_frac",
+    intervention=True,
+    neutral={"quantile": 0.0},
+    every_step=True,
+    policy=True,
+    bad=({"quantile": 1.0}, {"reject": "both"}),
+    everywhere={"quantile": 0.0},  # of a micro-batch of a process
+)
 
 # Noise from the halves of a step, which only an accumulated step has.
 _HALVES = (Refusal({"accumulate": 1}, "accumulate_grad_batches"),)

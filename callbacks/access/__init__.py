@@ -27,10 +27,18 @@ from evolute.callbacks.access.probe import (
     take_samples,
     with_tensors,
 )
-from evolute.callbacks.access.ranks import FlatOperator, LocalSquares, gather_values, mean_over_ranks, over_ranks
+from evolute.callbacks.access.ranks import (
+    FlatOperator,
+    LocalSquares,
+    gather_rows,
+    gather_values,
+    mean_over_ranks,
+    over_ranks,
+)
 from evolute.callbacks.access.rows import GroupView, Rows, listen
 from evolute.callbacks.access.shares import joined, shared_out
 from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
+from evolute.callbacks.access.tokens import TokenCall, TokenDoor, attach_mask, detach_mask
 from evolute.callbacks.access.untouched import untouched
 
 __all__ = [
@@ -50,12 +58,17 @@ __all__ = [
     "RecordLogits",
     "Rows",
     "Stage",
+    "TokenCall",
+    "TokenDoor",
     "attach",
+    "attach_mask",
     "backend_for",
     "base_optimizer",
     "batch_size",
     "batch_tensors",
     "detach",
+    "detach_mask",
+    "gather_rows",
     "gather_values",
     "joined",
     "listen",

@@ -21,6 +21,14 @@ from evolute.callbacks.access.backend import Backend, named_parameters
 from evolute.callbacks.access.untouched import muted, untouched
 from evolute.callbacks.protocols import ProbeLoss
 
+_probed: list[L.LightningModule] = []
+
+
+def being_probed() -> bool:
+    """Say whether what runs now is a probe, not training: nothing is decided in it."""
+    return bool(_probed)
+
+
 SHARE = 16
 """A probe batch is this fraction of the training batch unless a number of samples is asked for."""
 
@@ -279,6 +287,8 @@ def probing(
 ) -> Generator[Probe]:
     """Open a :class:`Probe` on ``batch``; on leaving, module, generators and gradients are as they were."""
     with ExitStack() as stack:
+        _probed.append(module)
+        stack.callback(_probed.pop)
         weights = stack.enter_context(backend.unsharded(module))
         stack.enter_context(untouched(module))
         stack.enter_context(muted(module))

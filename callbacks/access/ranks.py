@@ -87,6 +87,21 @@ def gather_values(values: Tensor, trainer: L.Trainer) -> Tensor:
     return gathered[~(gathered < 0)]
 
 
+def gather_rows(rows: Tensor, trainer: L.Trainer) -> Tensor:
+    """Return the rows [n, c] of all ranks, joined in the order of ranks, the same on all of them.
+
+    Ranks may hold different numbers of rows; one that holds none need not know c.
+    """
+    if trainer.world_size == 1:
+        return rows
+    shapes = trainer.strategy.all_gather(torch.tensor(rows.shape, device=rows.device)).reshape(-1, 2)
+    counts, width = shapes[:, 0].tolist(), int(shapes[:, 1].max())
+    padded = rows.new_zeros(max(counts), width)
+    padded[: len(rows)] = rows
+    gathered = trainer.strategy.all_gather(padded).reshape(len(counts), max(counts), width)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
 class LocalSquares:
     """Squared norms of each rank's own gradient, noted before DDP averages it, without a further backward.
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,13 +100,13 @@ def trainer_options(strategy: str, precision: str) -> dict[str, Any]:
     return {**options, "strategy": CPUDeepSpeedStrategy(config=config)}
 
 
-def module() -> Mixed:
-    """Return the module of every cell: tied and frozen parameters, two groups.
+def module(policy: bool = False) -> Mixed:
+    """Return the module of every cell: tied and frozen parameters, two groups; with a policy loss, or without.
 
     A large ``eps`` keeps AdamW from turning the rounding of a gradient near zero into a step of full length. The
     weights start as bfloat16 numbers, because DeepSpeed rounds them before it makes its masters.
     """
-    made = Mixed(eps=1e-4)
+    made = Mixed(eps=1e-4, policy=policy)
     for p in made.parameters():
         p.data = p.data.bfloat16().float()
     return made
@@ -154,7 +155,7 @@ def train(cell: Cell, steps: int, save: Path | None = None, resume: Path | None 
     setting = MATRIX[cell.name]
     fit(
         [setting.make(**setting.everywhere), end],
-        module,
+        partial(module, setting.policy),
         loader,
         ckpt_path=None if resume is None else str(resume),
         max_steps=steps,

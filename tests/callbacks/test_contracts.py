@@ -91,10 +91,16 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def run(callbacks: list[Callback], kind: str, ours: str, **kwargs: Any) -> list[Any]:
+def made(name: str, make: Any) -> Any:
+    """A function that builds the module, with a policy loss if the callback needs one."""
+    return (lambda: make().become_policy()) if SETTINGS[name].policy else make
+
+
+def run(callbacks: list[Callback], kind: str, ours: str, policy: bool = False, **kwargs: Any) -> list[Any]:
     make, options = KINDS[kind]
     probe = Probe()
-    module, trainer = fit([*callbacks, probe], make, data(), **{**options, **kwargs})
+    build = (lambda: make().become_policy()) if policy else make
+    module, trainer = fit([*callbacks, probe], build, data(), **{**options, **kwargs})
     return picture(module, trainer, probe, ours)
 
 
@@ -139,8 +145,8 @@ def test_an_intervention_has_an_off_position_and_a_neutral_setting(name, positio
     setting = INTERVENTIONS[name]
     torch._dynamo.reset()
     arguments = {"dry_run": True} if position == "dry_run" else setting.neutral
-    base = run([], kind, setting.prefix)
-    got = run([setting.make(**arguments)], kind, setting.prefix)
+    base = run([], kind, setting.prefix, setting.policy)
+    got = run([setting.make(**arguments)], kind, setting.prefix, setting.policy)
     # lr_ratio and layer_lr are the callback's own, under prefixes of their own.
     base[1], got[1] = (
         {k: v for k, v in m.items() if not k.startswith(("lr_ratio/", "layer_lr/"))} for m in (base[1], got[1])
@@ -151,7 +157,7 @@ def test_an_intervention_has_an_off_position_and_a_neutral_setting(name, positio
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_an_intervention_that_is_on_changes_the_run(name):
     setting = INTERVENTIONS[name]
-    base, got = run([], "messy", setting.prefix), run([setting.make()], "messy", setting.prefix)
+    base, got = (run(ours, "messy", setting.prefix, setting.policy) for ours in ([], [setting.make()]))
     assert any(not torch.equal(a, b) for a, b in zip(base[0], got[0], strict=True))
 
 
@@ -166,14 +172,16 @@ PAIRS = [  # Lightning saves one state a class
 def test_two_interventions_are_neutral_together_and_do_not_depend_on_their_order(one, other):
     a, b = INTERVENTIONS[one], INTERVENTIONS[other]
     neutral = [a.make(**a.neutral), b.make(**b.neutral)]
-    assert_equal(run([], "messy", "")[0], run(neutral, "messy", "")[0])
-    assert_equal(run([a.make(), b.make()], "messy", "")[0], run([b.make(), a.make()], "messy", "")[0])
+    policy = a.policy or b.policy
+    assert_equal(run([], "messy", "", policy)[0], run(neutral, "messy", "", policy)[0])
+    one_way, other_way = ([a.make(), b.make()], [b.make(), a.make()])
+    assert_equal(run(one_way, "messy", "", policy)[0], run(other_way, "messy", "", policy)[0])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_state_holds_only_what_a_safe_checkpoint_may_hold(name, tmp_path):
     callback = SETTINGS[name].make()
-    fit([callback], Classifier, data())
+    fit([callback], made(name, Classifier), data())
     torch.save(callback.state_dict(), tmp_path / "state.pt")
     again = SETTINGS[name].make()
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -187,14 +195,15 @@ def test_hooks_are_gone_when_fit_ends_and_after_a_step_that_failed(name):
             if self.trainer.global_step == 2:
                 raise RuntimeError("stop here")
 
-    module = Failing("sgd")
+    module = made(name, lambda: Failing("sgd"))()
     with pytest.raises(RuntimeError, match="stop here"):
         fit([SETTINGS[name].make()], module, data())
     optimizer = module.optimizers(use_pl_optimizer=False)
     assert len(optimizer.param_groups) == 1
-    _, trainer = fit([SETTINGS[name].make()], Classifier, data())
+    again, trainer = fit([SETTINGS[name].make()], made(name, Classifier), data())
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert not any(m._forward_pre_hooks for fitted in (module, again) for m in fitted.modules())
 
 
 def without_clocks(state: Any) -> Any:
@@ -213,7 +222,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, options, tmp_path):
         callback = make()
         kwargs = {"max_steps": steps, "default_root_dir": folder, "logger": MetricsCSV(folder), **options}
         module, trainer = fit(
-            [RunCheckpoint(5), callback], partial(Classifier, messy=False), loader, ckpt_path=ckpt, **kwargs
+            [RunCheckpoint(5), callback], made(name, partial(Classifier, messy=False)), loader, ckpt_path=ckpt, **kwargs
         )
         return module, callback, trainer
 
@@ -257,7 +266,8 @@ def rows(folder: Any, prefixes: tuple[str, ...] = ("",)) -> list[dict[str, str]]
 def test_every_measurement_is_recorded_at_its_step_and_has_a_price(name, tmp_path):
     setting = SETTINGS[name]
     every = {} if setting.every_step else {"every_n_steps": 4}
-    fit([setting.make(**every)], Classifier(), data(), max_steps=14, logger=MetricsCSV(tmp_path), log_every_n_steps=5)
+    loggers = {"logger": MetricsCSV(tmp_path), "log_every_n_steps": 5}
+    fit([setting.make(**every)], made(name, Classifier)(), data(), max_steps=14, **loggers)
     step = 1 if setting.every_step else 4
     found = rows(tmp_path)
     measured = [int(r["step"]) for r in found if setting.metric in r] if "time" not in setting.metric else None
@@ -289,7 +299,8 @@ def test_a_batch_whose_loss_is_not_a_number_leaves_the_callback_state_alone(name
                     p.grad.zero_()
 
     callback = SETTINGS[name].make(**({} if SETTINGS[name].every_step else {"every_n_steps": 1}))
-    fit([callback], Poisoned("sgd", messy=False), data(), max_steps=9, logger=MetricsCSV(tmp_path))
+    module = made(name, lambda: Poisoned("sgd", messy=False))()
+    fit([callback], module, data(), max_steps=9, logger=MetricsCSV(tmp_path))
     state = callback.state_dict()
 
     def all_finite(value):
