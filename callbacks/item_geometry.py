@@ -187,7 +187,7 @@ class ItemGeometry(Callback):
             return torch.func.functional_call(module, own, (ids,)) if own else module(ids)
         if parametrize.is_parametrized(module, "weight"):
             stored = own.get("parametrizations.weight.original")
-            table = module.weight if stored is None else module.parametrizations.weight[0](stored)
+            table: Any = module.weight if stored is None else module.parametrizations.weight[0](stored)
         else:
             table = own.get("weight", module.weight)
         if n is None:

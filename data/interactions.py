@@ -389,5 +389,5 @@ def _progress(trainer: L.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.batch_progress
 
 
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch

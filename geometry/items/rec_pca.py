@@ -19,6 +19,8 @@ BLOCK = 8192
 """Rows of the vectors in memory at once."""
 DENSE = 4096
 """Up to this many dimensions eigenvectors come from a dense solver, beyond it from Lanczos iteration."""
+NATIVE = ("float32", "float64")
+"""Types that sparse products take as they are."""
 NULL = 1e-8
 """Directions whose variance is below this share of the largest are taken for empty: text encoders have some."""
 
@@ -98,8 +100,8 @@ class RecPCA:
             ValueError: if shapes disagree, a value is not finite, or the vectors span fewer dimensions than
                 ``n_components``.
         """
-        X = _array(X)
-        n, dims = X.shape
+        x = _array(X)
+        n, dims = x.shape
         if graph is not None and graph.shape != (n, n):
             raise ValueError(f"RecPCA.fit: {n} vectors, and a graph of {graph.shape[0]} items; they must be the same")
         if self.n_components > min(n - 1, dims):
@@ -107,11 +109,11 @@ class RecPCA:
                 f"RecPCA(n_components={self.n_components}): {n} vectors of {dims} dimensions span at most "
                 f"{max(min(n - 1, dims), 0)} after centring"
             )
-        self.mean_ = self._mean(X)
-        S, T = self._moments(X, graph)
+        self.mean_ = self._mean(x)
+        s, t = self._moments(x, graph)
         self.iterations_ = 1
-        P, self.eigenvalues_ = self._solve(S, T)
-        variances = np.einsum("ij,ij->j", P, S @ P)
+        p, self.eigenvalues_ = self._solve(s, t)
+        variances = np.einsum("ij,ij->j", p, s @ p)
         if variances.min() <= NULL * variances.max():
             empty = int((variances <= NULL * variances.max()).sum())
             raise ValueError(
@@ -119,13 +121,13 @@ class RecPCA:
                 "variance; take fewer, or a smaller trade_off"
             )
         if self.whiten and self.form != "generalized":
-            P = P @ _inverse_root(P.T @ S @ P)
-        P = P * np.sign(P[np.abs(P).argmax(0), np.arange(P.shape[1])])
-        self.components_ = np.ascontiguousarray(P.T)
-        basis = linalg.qr(P, mode="economic")[0]
-        self.retained_variance_ = float(np.trace(basis.T @ S @ basis) / np.trace(S))
-        linked = np.trace(P.T @ self._linked @ P)
-        self.tv_ratio_ = float(np.trace(P.T @ T @ P) / linked) if linked > 0 else float("nan")
+            p = p @ _inverse_root(p.T @ s @ p)
+        p = p * np.sign(p[np.abs(p).argmax(0), np.arange(p.shape[1])])
+        self.components_ = np.ascontiguousarray(p.T)
+        basis: Array = linalg.qr(p, mode="economic")[0]  # pyright: ignore[reportAssignmentType]
+        self.retained_variance_ = float(np.trace(basis.T @ s @ basis) / np.trace(s))
+        linked = np.trace(p.T @ self._linked @ p)
+        self.tv_ratio_ = float(np.trace(p.T @ t @ p) / linked) if linked > 0 else float("nan")
         del self._linked
         self.hash_ = hashlib.sha256(self.components_.tobytes() + self.mean_.tobytes()).hexdigest()
         return self
@@ -191,62 +193,62 @@ class RecPCA:
     def _moments(self, X: Array, graph: Any) -> tuple[Array, Array]:
         """Return S and T [D, D]; keeps ``Xc^T D' Xc / n`` for the total variation."""
         n, dims = X.shape
-        S, isolated, K = np.zeros((dims, dims)), np.zeros((dims, dims)), np.zeros((dims, dims))
-        half = None if graph is None or graph.nnz == 0 else sparse.triu(normalised_graph(graph), 1, format="csr")
+        s, isolated, k = np.zeros((dims, dims)), np.zeros((dims, dims)), np.zeros((dims, dims))
+        half: Any = None if graph is None or graph.nnz == 0 else sparse.triu(normalised_graph(graph), 1, format="csr")
         linked = np.zeros(n, bool) if half is None else np.diff(sparse.csr_array(graph).indptr) > 0
-        if half is not None and X.dtype in (np.float32, np.float64):
+        if half is not None and X.dtype.name in NATIVE:
             half = half.astype(X.dtype)  # scipy would copy all of X to the wider type
         for rows in self._blocks(X):
             centred = X[rows].astype(np.float64) - self.mean_
-            S += _gram(centred)
+            s += _gram(centred)
             alone = ~linked[rows]
             if half is None:
                 continue
             if alone.any():
                 isolated += _gram(centred[alone])
-            K += centred.T @ self._neighbours(X, half[rows])
+            k += centred.T @ self._neighbours(X, half[rows])
         # Only half of each edge was summed, and of each gram matrix only the upper half.
-        S, isolated = _whole(S) / n, _whole(isolated) / n
-        self._linked = S - isolated if half is not None else np.zeros_like(S)
-        return S, self._linked - (K + K.T) / n
+        s, isolated = _whole(s) / n, _whole(isolated) / n
+        self._linked = s - isolated if half is not None else np.zeros_like(s)
+        return s, self._linked - (k + k.T) / n
 
     def _neighbours(self, X: Array, half: Any) -> NDArray[np.float64]:
         """Return the centred weighted sums of neighbours, [rows, D], without copying X."""
         sums = half.sum(1, dtype=np.float64)
-        if X.dtype not in (np.float32, np.float64):
+        if X.dtype.name not in NATIVE:
             used, places = np.unique(half.indices, return_inverse=True)
             small = sparse.csr_array((half.data, places, half.indptr), shape=(half.shape[0], len(used)))
             return small @ X[used].astype(np.float64) - np.outer(sums, self.mean_)
         return (half @ X).astype(np.float64) - np.outer(sums, self.mean_)
 
-    def _solve(self, S: Array, T: Array) -> tuple[Array, Array]:
+    def _solve(self, s: Array, t: Array) -> tuple[Array, Array]:
         d, lam = self.n_components, self.trade_off
         if self.form == "difference":
-            return _largest(S - lam * T, d)
-        B = lam * T + (1 - lam) * np.trace(S) / len(S) * np.eye(len(S))
+            return _largest(s - lam * t, d)
+        b = lam * t + (1 - lam) * np.trace(s) / len(s) * np.eye(len(s))
         if self.form == "generalized":
-            return self._generalized(S, B)
-        P, values = _largest(S, d)
+            return self._generalized(s, b)
+        p, values = _largest(s, d)
         for self.iterations_ in range(1, 101):
-            bottom = np.trace(P.T @ B @ P)
-            ratio = np.trace(P.T @ S @ P) / max(bottom, 1e-300)
-            P, values = _largest(S - ratio * B, d)
+            bottom = np.trace(p.T @ b @ p)
+            ratio = np.trace(p.T @ s @ p) / max(bottom, 1e-300)
+            p, values = _largest(s - ratio * b, d)
             # At the solution the d largest eigenvalues sum to nothing (Wang et al. 2007).
-            if abs(values.sum()) <= 1e-10 * np.trace(P.T @ S @ P):
+            if abs(values.sum()) <= 1e-10 * np.trace(p.T @ s @ p):
                 break
-        return P, values
+        return p, values
 
-    def _generalized(self, S: Array, B: Array) -> tuple[Array, Array]:
+    def _generalized(self, s: Array, b: Array) -> tuple[Array, Array]:
         """Solve ``B v = mu S v`` for the smallest ``mu``, within the directions that hold variance."""
-        values, vectors = linalg.eigh(S)
+        values, vectors = linalg.eigh(s)
         held = values > NULL * values[-1]
         if held.sum() < self.n_components:
             raise ValueError(
                 f"RecPCA(n_components={self.n_components}): the vectors hold variance in {held.sum()} directions only"
             )
         white = vectors[:, held] / np.sqrt(values[held])
-        P, mu = _largest(-(white.T @ B @ white), self.n_components)
-        return white @ P, -mu
+        p, mu = _largest(-(white.T @ b @ white), self.n_components)
+        return white @ p, -mu
 
 
 def _array(X: Any) -> Array:
@@ -258,27 +260,28 @@ def _array(X: Any) -> Array:
 
 def _gram(rows: Array) -> Array:
     """Return the upper half of ``rows^T rows``: half of the work of a product."""
-    return linalg.blas.dsyrk(1.0, rows.T)
+    blas: Any = linalg.blas
+    return blas.dsyrk(1.0, rows.T)
 
 
 def _whole(upper: Array) -> Array:
     return np.triu(upper) + np.triu(upper, 1).T
 
 
-def _largest(M: Array, d: int) -> tuple[Array, Array]:
+def _largest(m: Array, d: int) -> tuple[Array, Array]:
     """Return the eigenvectors [D, d] of the d largest eigenvalues of a symmetric matrix, and these, descending."""
-    size = len(M)
+    size = len(m)
     if size <= DENSE or d > size // 4:
-        values, vectors = linalg.eigh(M, subset_by_index=[size - d, size - 1])
+        values, vectors = linalg.eigh(m, subset_by_index=[size - d, size - 1])
     else:
         start = np.cos(np.arange(size))  # any fixed vector: the result must not depend on a random one
-        values, vectors = eigsh(M, k=d, which="LA", v0=start, ncv=min(size, 2 * d + 20))
+        values, vectors = eigsh(m, k=d, which="LA", v0=start, ncv=min(size, 2 * d + 20))
     order = np.argsort(values)[::-1]
     return vectors[:, order], values[order]
 
 
-def _inverse_root(M: Array) -> Array:
-    values, vectors = linalg.eigh(M)
+def _inverse_root(m: Array) -> Array:
+    values, vectors = linalg.eigh(m)
     if values[0] <= NULL * values[-1]:
         raise ValueError("RecPCA(whiten=True): a direction of the output holds no variance; take fewer n_components")
     return (vectors / np.sqrt(values)) @ vectors.T

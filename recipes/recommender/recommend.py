@@ -144,7 +144,7 @@ class Recommend(L.LightningModule):
             vectors = torch.zeros(a.n_items, a.dim)
         else:
             vectors = data.vectors.table
-        if a.init == "text":
+        if a.init == "text" and a.adapter is not None:
             self.item_emb = AdaptedItems(vectors, a.dim, a.adapter, a.freeze, self.encoder.extra)
             return
         graph = data.graph if a.init == "rec_pca" and data is not None and not restored else None
@@ -206,7 +206,8 @@ class Recommend(L.LightningModule):
         return loss
 
     def _logs_now(self) -> bool:
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0 or self.trainer.global_step == 0
+        trainer: Any = self.trainer
+        return (trainer.global_step + 1) % trainer.log_every_n_steps == 0 or trainer.global_step == 0
 
     def user_queries(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return one query a history [b, d] and the table it meets [n, d], of a batch to rank."""
