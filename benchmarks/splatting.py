@@ -8,6 +8,7 @@ on all learning rates that is best for it on the selection seeds and is compared
 scan, same order of views).
 
     python benchmarks/splatting.py                # all of it, resumable
+    python benchmarks/splatting.py --factor 1     # without the selection of a rate, seed by seed
     python benchmarks/splatting.py --report       # only what is there
 
 One JSON a run lands in benchmarks/results/splatting/; a run that is there is not repeated. Exit code 1 if a bar is
@@ -103,13 +104,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="make no run")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--factor", type=float, help="take this factor for every arm, select none")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning").setLevel(logging.ERROR)
+    if options.factor is not None and not options.report:
+        for seed in FRESH:
+            for arm in options.arms:
+                run(arm, options.factor, seed)
     found: dict[str, list[dict[str, Any]]] = {}
     table = Table("arm", "factor", "PSNR", "SSIM", "depth MAE, m", "CPU s")
     for arm in options.arms:
-        factor = best(arm, not options.report)
+        factor = best(arm, not options.report) if options.factor is None else options.factor
         rows = None if factor is None else held(arm, factor, FRESH, not options.report)
         if rows is None:
             continue

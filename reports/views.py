@@ -26,16 +26,17 @@ def views(runs: Sequence[Run]) -> Figure:
     color = max(float(last["error"].max()) for _, _, last in rows)
     finite = [np.abs(last["depth_error"][np.isfinite(last["depth_error"])]) for _, _, last in rows]
     metres = max((float(np.quantile(values, 0.98)) for values in finite if values.size), default=1.0)
-    for (name, view, last), axes in zip(rows, grid, strict=True):
+    for (_, _, last), axes in zip(rows, grid, strict=True):
         _picture(axes[0], last["truth"])
         _picture(axes[1], last["image"])
         axes[2].imshow(last["error"], cmap="magma", vmin=0, vmax=max(color, 1e-9), interpolation="nearest")
         shown = np.ma.masked_invalid(last["depth_error"])
         axes[3].imshow(shown, cmap="RdBu", vmin=-metres, vmax=metres, interpolation="nearest")
-        axes[0].set_ylabel(f"{name} {view}" if len(runs) > 1 else f"view {view}", color=style.INK, fontsize=9)
     titles = (*_COLUMNS[:2], f"error, 0 to {color:.2f}", f"depth error, ± {metres:.2g}")
     for axes, title in zip(grid[0], titles, strict=True):
         style.label(axes, title=title)
+    for (name, view, _), axes in zip(rows, grid, strict=True):
+        axes[0].set_ylabel(f"{name} {view}" if len(runs) > 1 else f"view {view}", color=style.INK, fontsize=9)
     for axes in (a for row in grid for a in row):
         axes.set_xticks([])
         axes.set_yticks([])

@@ -15,10 +15,14 @@ from evolute.callbacks import (
     CAPO,
     CurvatureMonitor,
     EntropyMask,
+    GaussianDensify,
+    GaussianRelocate,
+    GsplatStrategy,
     ItemEmbeddingNorm,
     ItemGeometry,
     LayerMonitor,
     NoiseAdaptiveLR,
+    OpacityReset,
     RandomTokenMask,
     SpectrumProbe,
     StepRadius,
@@ -344,6 +348,63 @@ MATRIX: dict[str, Setting] = {
     "LayerMonitor-split": Setting(partial(_layers, noise="split"), "layer", "layer/grad_norm", refuses=_HALVES),
     "NoiseAdaptiveLR-split": Setting(
         partial(_noise, estimator="split"), "noise", "noise/time_ms", intervention=True, refuses=_HALVES
+    ),
+}
+
+
+def _relocate(**kwargs: Any) -> Callback:
+    return GaussianRelocate(**{"cap": 340, "every_n_steps": 4, "start": 4, "min_opacity": 0.05, **kwargs})
+
+
+def _densify(**kwargs: Any) -> Callback:
+    small = {"budget": 340, "every_n_steps": 4, "start": 4, "stop": 1.0, "grad_threshold": 1e-7}
+    return GaussianDensify(**{**small, "theta_mode": "quantile", "replaced": 0.2, **kwargs})
+
+
+def _reset(**kwargs: Any) -> Callback:
+    return OpacityReset(**{"every_n_steps": 6, "ceiling": 0.05, "stop": 1.0, **kwargs})
+
+
+def _gsplat(**options: Any) -> Callback:
+    small = {"refine_start_iter": 2, "refine_every": 4, "grow_grad2d": 1e-5, "reset_every": 8}
+    return GsplatStrategy(options={**small, **options})
+
+
+# Interventions on a set of Gaussians need a module that trains one: tests/callbacks/test_gaussians.py asks them the
+# same questions on a small scene.
+GAUSSIANS: dict[str, Setting] = {
+    "GaussianDensify": Setting(
+        _densify,
+        "densify",
+        "densify/gaussians",
+        intervention=True,
+        neutral={"grad_threshold": math.inf, "min_opacity": 0.0, "max_scale": math.inf},
+        bad=({"budget": 0}, {"every_n_steps": 0}, {"theta_mode": "soft"}, {"stop": 2.0}, {"replaced": -0.1}),
+    ),
+    "GaussianRelocate": Setting(
+        _relocate,
+        "relocate",
+        "relocate/gaussians",
+        intervention=True,
+        neutral={"noise": 0.0, "growth": 0.0, "min_opacity": 0.0},
+        bad=({"cap": 0}, {"growth": -1.0}, {"min_opacity": 2.0}),
+    ),
+    "OpacityReset": Setting(
+        _reset,
+        "opacity",
+        "opacity/reset",
+        intervention=True,
+        neutral={"every_n_steps": 10_000},
+        bad=({"ceiling": 0.0}, {"every_n_steps": 0}),
+    ),
+    # A strategy of a library: it can be kept from acting, it cannot be asked what it would do.
+    "GsplatStrategy": Setting(
+        _gsplat,
+        "gsplat",
+        "gsplat/gaussians",
+        intervention=True,
+        neutral={"refine_start_iter": 10_000, "reset_every": 10_000},
+        bad=({"speed": 9},),
     ),
 }
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evolute.geometry.points.neighbourhoods import neighbourhoods
+from evolute.geometry.points.neighbourhoods import Neighbourhoods, neighbourhoods
 
 Normalise = Literal["minmax", "quantile"]
 
@@ -18,6 +18,7 @@ def allocation_probabilities(
     texture_weight: float = 0.5,
     normalise: Normalise = "minmax",
     base_ratio: float = 0.0,
+    found: Neighbourhoods | None = None,
 ) -> Tensor:
     """Return the probability that each point becomes a primitive.
 
@@ -34,6 +35,7 @@ def allocation_probabilities(
         normalise: ``"minmax"``, the paper's, which one outlier can squeeze; ``"quantile"`` clips at the 1 and 99 %
             quantiles first.
         base_ratio: share of the probability spread evenly, so that flat walls are not starved; 0 is the paper's.
+        found: what :func:`neighbourhoods` returned for these arguments, where it is known already.
 
     Returns:
         [N], at least 0, of sum 1.
@@ -49,7 +51,7 @@ def allocation_probabilities(
         raise ValueError(f"base_ratio={base_ratio}: must lie in [0, 1]")
     if normalise not in ("minmax", "quantile"):
         raise ValueError(f"normalise={normalise!r}: must be 'minmax' or 'quantile'")
-    found = neighbourhoods(points, k, colors)
+    found = neighbourhoods(points, k, colors) if found is None else found
     assert found.texture is not None
     weights = shape_weight * _unit(found.variation, normalise) + texture_weight * _unit(found.texture, normalise)
     total = weights.double().sum()

@@ -65,7 +65,8 @@ def _open(state, rows, columns):
 
 # The loops over a row run over all of its pixels: the compiler then knows their number and makes vector instructions
 # of them, which pays even where a Gaussian covers a few pixels only. For that it also has to see that nothing overlaps:
-# what a loop writes lies in few arrays, at distances known to it, and is indexed without a sign.
+# what a loop writes lies in few flat arrays, at distances known to it, and is indexed without a sign. (A row taken out
+# of a matrix would be counted as a reference, by an atomic instruction, each time.)
 
 
 def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passed):
@@ -77,7 +78,7 @@ def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passe
         rows, columns = min(TILE, height - top), min(TILE, width - left)
         light = np.empty(_AREA, np.float32)  # transmittance, negative once a pixel is closed
         _open(light, rows, columns)
-        total = np.zeros((channels, TILE * TILE), np.float32)
+        total = np.zeros(channels * TILE * TILE, np.float32)
         lanes = np.empty(2 * TILE, np.float32)  # weight, and x, pixel by pixel of a row
         for x in range(TILE):
             lanes[TILE + x] = x
@@ -107,9 +108,9 @@ def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passe
                     closed += _ONE if ends else _ZERO
                 for channel in range(channels):
                     color = colors[k, channel]
-                    sums = total[channel]
+                    start = np.uint64(channel) * _AREA + row
                     for i in range(_ROW):
-                        sums[row + i] += lanes[i] * color
+                        total[start + i] += lanes[i] * color
             left_open -= closed
             if left_open == _ZERO:
                 break
@@ -117,7 +118,7 @@ def _forward(means, conics, opacities, reach, colors, ids, offsets, image, passe
             for x in range(columns):
                 passed[top + y, left + x] = abs(light[y * TILE + x])
                 for channel in range(channels):
-                    image[top + y, left + x, channel] = total[channel, y * TILE + x]
+                    image[top + y, left + x, channel] = total[channel * TILE * TILE + y * TILE + x]
 
 
 def _backward(
@@ -131,17 +132,17 @@ def _backward(
         rows, columns = min(TILE, height - top), min(TILE, width - left)
         state = np.zeros(2 * TILE * TILE, np.float32)  # transmittance, and what lies behind
         _open(state, rows, columns)
-        upstream = np.zeros((channels, TILE * TILE), np.float32)
+        upstream = np.zeros(channels * TILE * TILE, np.float32)
         lanes = np.empty(9 * TILE, np.float32)  # upstream . colour, weight, six sums, x, pixel by pixel of a row
         for x in range(TILE):
             lanes[8 * TILE + x] = x
-        tints = np.empty((channels, TILE), np.float32)
+        tints = np.empty(channels * TILE, np.float32)
         for y in range(rows):
             for x in range(columns):
                 rest = -passed[top + y, left + x] * alpha_grad[top + y, left + x]
                 for channel in range(channels):
                     g = image_grad[top + y, left + x, channel]
-                    upstream[channel, y * TILE + x] = g
+                    upstream[channel * TILE * TILE + y * TILE + x] = g
                     rest += g * image[top + y, left + x, channel]
                 state[TILE * TILE + y * TILE + x] = rest
         left_open = np.float32(rows * columns)
@@ -162,9 +163,9 @@ def _backward(
                     lanes[i] = _ZERO
                 for channel in range(channels):
                     color = colors[k, channel]
-                    g = upstream[channel]
+                    start = np.uint64(channel) * _AREA + row
                     for i in range(_ROW):
-                        lanes[i] += g[row + i] * color
+                        lanes[i] += upstream[start + i] * color
                 for i in range(_ROW):
                     dx = first - lanes[i + _ROW * _8]
                     s = (a * dx + by) * dx + cyy
@@ -191,9 +192,9 @@ def _backward(
                     lanes[i + _ROW * _7] += by_alpha * falloff if adds else _ZERO
                     closed += _ONE if ends else _ZERO
                 for channel in range(channels):
-                    g, tint = upstream[channel], tints[channel]
+                    start, tint = np.uint64(channel) * _AREA + row, np.uint64(channel) * _ROW
                     for i in range(_ROW):
-                        tint[i] += lanes[i + _ROW] * g[row + i]
+                        tints[tint + i] += lanes[i + _ROW] * upstream[start + i]
             sum_x, sum_y = _added(lanes, 2), _added(lanes, 3)
             rows_out[at, 0] = conics[k, 0] * sum_x + b * sum_y
             rows_out[at, 1] = b * sum_x + conics[k, 2] * sum_y
@@ -202,7 +203,7 @@ def _backward(
             rows_out[at, 4] = _HALF * _added(lanes, 6)
             rows_out[at, 5] = _added(lanes, 7)
             for channel in range(channels):
-                rows_out[at, 6 + channel] = _added(tints[channel], 0)
+                rows_out[at, 6 + channel] = _added(tints, channel)
             left_open -= closed
             if left_open == _ZERO:
                 break

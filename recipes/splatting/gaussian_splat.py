@@ -160,24 +160,22 @@ class GaussianSplat(L.LightningModule):
         if s.budget > len(points):
             raise ValueError(f"GaussianSplat(budget={s.budget}): exceeds the {len(points)} points of the cloud")
         count = max(1, round(s.initial * s.budget))
-        uniform = torch.full((len(points),), 1 / len(points))
-        p = uniform
-        if s.allocation == "geometry_texture":
-            p = allocation_probabilities(
-                points, colors, s.neighbours, s.shape_weight, s.texture_weight, s.normalise, s.base_ratio
-            )
-        chosen = draw(p, count, torch.Generator().manual_seed(s.allocation_seed))
-        normals = neighbourhoods(points, min(s.neighbours, 16)).normals[chosen] if s.flat else None
+        p, found = torch.full((len(points),), 1 / len(points)), None
         if s.allocation == "geometry_texture":
             found = neighbourhoods(points, s.neighbours, colors)
-            assert found.texture is not None
+            p = allocation_probabilities(
+                points, colors, s.neighbours, s.shape_weight, s.texture_weight, s.normalise, s.base_ratio, found
+            )
+        chosen = draw(p, count, torch.Generator().manual_seed(s.allocation_seed))
+        if found is not None and found.texture is not None:
             shape, texture = (
-                (v[chosen].mean() / v.mean().clamp_min(1e-12)).item() for v in (found.variation, found.texture)
+                float(v[chosen].mean() / v.mean().clamp_min(1e-12)) for v in (found.variation, found.texture)
             )
             rank_zero_info(
                 f"GaussianSplat: {count:,} of {len(points):,} points; against a uniform draw they have {shape:.2f} "
                 f"times the surface variation and {texture:.2f} times the texture"
             )
+        normals = neighbourhoods(points, min(s.neighbours, 16)).normals[chosen] if s.flat else None
         return GaussianScene.from_points(
             points[chosen], colors[chosen], s.sh_degree, s.init_opacity, s.init_scale, normals
         )  # fmt: skip

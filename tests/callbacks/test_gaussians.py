@@ -19,7 +19,6 @@ from evolute.callbacks import (
     LayerMonitor,
     MetricsCSV,
     NoiseAdaptiveLR,
-    OpacityReset,
     RenderVideo,
     RunCheckpoint,
     SHSchedule,
@@ -30,6 +29,7 @@ from evolute.models.splatting import read_ply
 from tests.callbacks.splats import fit_splat, small_room, splat
 from tests.conftest import fit
 from tests.modules import Recorder
+from tests.settings import GAUSSIANS
 
 DENSIFY = {
     "every_n_steps": 4,
@@ -38,14 +38,6 @@ DENSIFY = {
     "grad_threshold": 1e-7,
     "theta_mode": "quantile",
     "replaced": 0.2,
-}
-CHANGING = {
-    "densify": lambda **k: GaussianDensify(**{"budget": 340, **DENSIFY, **k}),
-    "relocate": lambda **k: GaussianRelocate(**{"cap": 340, "every_n_steps": 4, "start": 4, "min_opacity": 0.05, **k}),
-    "reset": lambda **k: OpacityReset(**{"every_n_steps": 6, "ceiling": 0.05, "stop": 1.0, **k}),
-    "gsplat": lambda **k: GsplatStrategy(
-        options={"refine_start_iter": 2, "refine_every": 4, "grow_grad2d": 1e-5, "reset_every": 8, **k}
-    ),
 }
 
 
@@ -99,35 +91,27 @@ def test_rows_keep_their_moments_bit_by_bit_and_new_ones_have_none():
     optimizer.step()
 
 
-@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_state_stays_consistent_and_the_run_changes(name):
     count = Count()
-    changed, trainer = fit_splat([CHANGING[name](), count])
+    changed, trainer = fit_splat([GAUSSIANS[name].make(), count])
     plain, _ = fit_splat([])
     assert trainer.global_step == 20
     assert changed.settings.budget == 300
     same = len(changed.scene) == len(plain.scene) and equal(weights(changed), weights(plain))
     assert not same
-    if name != "reset":
+    if name != "OpacityReset":
         assert len(set(count.numbers)) > 1
 
 
-@pytest.mark.parametrize(
-    ("name", "off"),
-    [
-        ("densify", {"dry_run": True}),
-        ("densify", {"grad_threshold": float("inf"), "min_opacity": 0.0, "max_scale": float("inf")}),
-        ("relocate", {"dry_run": True}),
-        ("relocate", {"noise": 0.0, "growth": 0.0, "min_opacity": 0.0}),
-        ("reset", {"dry_run": True}),
-        ("reset", {"every_n_steps": 10_000}),
-        ("gsplat", {"refine_start_iter": 10_000, "reset_every": 10_000}),
-    ],
-    ids=str,
-)
+OFF = [(name, setting.neutral) for name, setting in GAUSSIANS.items()]
+OFF += [(name, {"dry_run": True}) for name in GAUSSIANS if name != "GsplatStrategy"]
+
+
+@pytest.mark.parametrize(("name", "off"), OFF, ids=str)
 def test_the_off_position_and_the_neutral_setting_reproduce_the_run(name, off):
     plain, _ = fit_splat([])
-    off_run, _ = fit_splat([CHANGING[name](**off)])
+    off_run, _ = fit_splat([GAUSSIANS[name].make(**off)])
     assert equal(weights(plain), weights(off_run))
 
 
@@ -158,10 +142,10 @@ def test_below_the_gate_nothing_is_split_and_the_pass_rate_is_recorded_at_its_st
     assert all(0.2 < rate < 0.3 for rate in log.of("densify/pass_rate").values())
 
 
-@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_two_runs_are_equal_and_a_resumed_one_is_the_uninterrupted_one(name, tmp_path):
     def train(folder: Path, steps: int, ckpt: str | None = None) -> Any:
-        callbacks = [RunCheckpoint(10), CHANGING[name](), SHSchedule(6)]
+        callbacks = [RunCheckpoint(10), GAUSSIANS[name].make(), SHSchedule(6)]
         options = {"max_steps": steps, "default_root_dir": folder, "logger": MetricsCSV(folder)}
         return fit_splat(callbacks, ckpt=ckpt, **options)
 
@@ -175,10 +159,10 @@ def test_two_runs_are_equal_and_a_resumed_one_is_the_uninterrupted_one(name, tmp
     again, _ = train(tmp_path / "again", 20)
     assert equal(weights(whole), weights(again))
     options = {"default_root_dir": tmp_path / "parts", "logger": MetricsCSV(tmp_path / "parts")}
-    fit_splat([RunCheckpoint(10), CHANGING[name](), SHSchedule(6), Stop()], max_steps=20, **options)
+    fit_splat([RunCheckpoint(10), GAUSSIANS[name].make(), SHSchedule(6), Stop()], max_steps=20, **options)
     ckpt = next((tmp_path / "parts" / "checkpoints").glob("*10.ckpt"))
     held = torch.load(ckpt, weights_only=True)["state_dict"]["scene.params.means"]
-    if name in ("densify", "relocate", "gsplat"):
+    if name != "OpacityReset":
         assert len(held) != 300
     resumed, other = train(tmp_path / "parts", 20, str(ckpt))
     assert equal(weights(whole), weights(resumed))
@@ -190,7 +174,7 @@ def test_two_runs_are_equal_and_a_resumed_one_is_the_uninterrupted_one(name, tmp
 def test_monitors_and_noise_adaptive_rates_follow_a_changing_number_of_gaussians():
     log = Recorder()
     callbacks = [
-        CHANGING["densify"](),
+        GAUSSIANS["GaussianDensify"].make(),
         CurvatureMonitor(every_n_steps=3, budget=None, max_products=6),
         LayerMonitor(every_n_steps=3, budget=None),
         NoiseAdaptiveLR(every_n_steps=2),
@@ -202,9 +186,13 @@ def test_monitors_and_noise_adaptive_rates_follow_a_changing_number_of_gaussians
 
 
 def test_a_monitor_changes_nothing_here_either():
-    plain, _ = fit_splat([CHANGING["densify"]()])
+    plain, _ = fit_splat([GAUSSIANS["GaussianDensify"].make()])
     watched, _ = fit_splat(
-        [CHANGING["densify"](), CurvatureMonitor(every_n_steps=5, budget=None, max_products=6), LayerMonitor(5)]
+        [
+            GAUSSIANS["GaussianDensify"].make(),
+            CurvatureMonitor(every_n_steps=5, budget=None, max_products=6),
+            LayerMonitor(5),
+        ]
     )
     assert equal(weights(plain), weights(watched))
 
@@ -246,11 +234,9 @@ def test_a_flight_passes_its_cameras():
 
 @pytest.mark.parametrize(
     ("make", "bad"),
-    [(GaussianDensify, b) for b in ({"budget": 0}, {"every_n_steps": 0}, {"theta_mode": "soft"}, {"stop": 2.0})]
-    + [(GaussianRelocate, b) for b in ({"cap": 0}, {"growth": -1.0})]
-    + [(OpacityReset, {"ceiling": 0.0}), (SHSchedule, {"every_n_steps": 0}), (DepthSchedule, {"start": -1})]
-    + [(ExportPLY, {"path": "scene.obj"}), (RenderVideo, {"frames": 1}), (GsplatStrategy, {"strategy": "Best"})]
-    + [(GsplatStrategy, {"options": {"speed": 9}})],
+    [(setting.make, b) for setting in GAUSSIANS.values() for b in setting.bad]
+    + [(SHSchedule, {"every_n_steps": 0}), (DepthSchedule, {"start": -1})]
+    + [(ExportPLY, {"path": "scene.obj"}), (RenderVideo, {"frames": 1}), (GsplatStrategy, {"strategy": "Best"})],
     ids=str,
 )
 def test_arguments_out_of_range_are_refused_with_their_value(make, bad):
@@ -258,10 +244,10 @@ def test_arguments_out_of_range_are_refused_with_their_value(make, bad):
         make(**bad)
 
 
-@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_a_module_without_gaussians_is_refused(name):
     with pytest.raises(MisconfigurationException, match="Regression has no render_info"):
-        fit([CHANGING[name]()])
+        fit([GAUSSIANS[name].make()])
 
 
 def test_too_many_gaussians_and_several_processes_are_refused(monkeypatch):
