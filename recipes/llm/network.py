@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from evolute.callbacks.access import shape_of
-from evolute.data.tokenizers import Tokenizer, one_line
+from evolute.data.tokenizers import Tokenizer, gguf_arguments, one_line
 
 # A Llama of 0.83 M parameters with the byte vocabulary.
 DEFAULT_CONFIG: dict[str, Any] = {
@@ -60,14 +60,18 @@ def build(config: dict[str, Any] | None, vocab_size: int | None, tokenizer: Toke
 
 
 def load(name: str, attention: str) -> Any:
-    """Return the causal LM of that name or folder, in float32.
+    """Return the causal LM of that name, folder or .gguf file, in float32 (quantised weights are dequantised).
 
     Raises:
         ValueError: if it cannot be loaded.
     """
     transformers = _transformers(f"Pretrain(model={name!r})")
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype="float32")
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            **gguf_arguments(name), attn_implementation=attention, dtype="float32"
+        )
+    except ImportError as error:
+        raise ImportError(f"Pretrain(model={name!r}): {one_line(error)}") from error
     except Exception as error:  # hub, network, file and format errors of a dozen types
         raise ValueError(f"Pretrain(model={name!r}): cannot be loaded ({one_line(error)})") from error
 

@@ -138,9 +138,13 @@ class Pretrain(L.LightningModule):
             model.train()
         # Kept with the arguments, so that a checkpoint makes the same model without the data.
         self.hparams["vocab_size"] = check_fit(model, tokenizer)
+        self._prepare(model)
         if self.device_mesh is not None:
             shard(model, self.device_mesh)
         self.model = model
+
+    def _prepare(self, model: Any) -> None:
+        """Change the model before it is sharded; nothing here."""
 
     @property
     def _tokenizer(self) -> Tokenizer | None:
