@@ -136,7 +136,11 @@ class CompletionDataModule(ResumableDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        for name, value, least in (
+            ("context", context, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
             if value < least:
                 raise ValueError(f"CompletionDataModule({name}={value}): must be at least {least}")
         if not 0 < val_fraction < 1:

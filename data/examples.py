@@ -82,7 +82,9 @@ def to_example(
             prompt = prompt_template.format(**row)
         except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
             columns = ", ".join(map(repr, row))
-            raise ValueError(f"{place}: prompt_template={prompt_template!r} fails on {error}; it has {columns}") from error
+            raise ValueError(
+                f"{place}: prompt_template={prompt_template!r} fails on {error}; it has {columns}"
+            ) from error
     else:
         prompt = row.get("prompt", row.get("question"))
         if isinstance(prompt, list):
@@ -98,9 +100,7 @@ def to_example(
     return Example(prompt, completion, {k: v for k, v in row.items() if k not in ("prompt", "messages")})
 
 
-def split_examples(
-    examples: Sequence[Example], val_fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+def split_examples(examples: Sequence[Example], val_fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Split by a hash of ``(seed, prompt)``, so that equal prompts fall on the same side.
 
     Args:
@@ -111,6 +111,7 @@ def split_examples(
     Returns:
         Training and validation problems, in their order.
     """
+
     def rank(prompt: str) -> bytes:
         return hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
 

@@ -83,8 +83,8 @@ class PromptDataModule(ResumableDataModule):
     """Problems to be answered by the model itself.
 
     Training batches are what the trained module's ``collect`` makes of ``batch_size`` prompts. A validation batch is
-    ``{"prompts", "ids", "indices", "columns"}``: the texts, their token ids, their numbers, and the source's columns as lists (``answer``
-    among them where it is known). A checkpoint in the middle of a rollout keeps it, for every rank.
+    ``{"prompts", "ids", "indices", "columns"}``: the texts, their token ids, their numbers, and the source's columns as
+    lists (``answer`` among them where it is known). A checkpoint in the middle of a rollout keeps it, for every rank.
 
     Args:
         source: as in :class:`evolute.data.CompletionDataModule`.
@@ -189,7 +189,9 @@ class PromptDataModule(ResumableDataModule):
         rank, world = self._world
         module: Any = None if self.trainer is None else self.trainer.lightning_module
         if not hasattr(module, "collect"):
-            raise ValueError(f"PromptDataModule feeds a module with a method collect, which {type(module).__name__} lacks")
+            raise ValueError(
+                f"PromptDataModule feeds a module with a method collect, which {type(module).__name__} lacks"
+            )
         rollouts = len(self.train_examples) // (self.batch_size * world)
 
         def prompts(number: int) -> dict[str, Any]:

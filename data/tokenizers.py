@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from evolute.data.packing import utf8
 
-
 CHARS = "chars:"
 """Begins the name of a :class:`CharTokenizer`; its alphabet follows."""
 GGUF = ".gguf"

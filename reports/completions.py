@@ -21,9 +21,7 @@ def completion_html(row: Mapping[str, Any]) -> str:
     tokens: Sequence[Any] = row.get("tokens") or []
     shifts: Sequence[Any] = row.get("shift") or [None] * len(tokens)
     rejected: Sequence[Any] = row.get("rejected") or [False] * len(tokens)
-    parts = [
-        _token(str(token), shift, bool(out)) for token, shift, out in zip(tokens, shifts, rejected, strict=False)
-    ]
+    parts = [_token(str(token), shift, bool(out)) for token, shift, out in zip(tokens, shifts, rejected, strict=False)]
     prompt = escape(str(row.get("prompt", "")))
     return f'<span class="prompt" style="opacity:.65">{prompt}</span>{"".join(parts)}'
 

@@ -169,8 +169,8 @@ def _completions(runs: Sequence[Run]) -> tuple[str, str, str]:
     if body:
         body = (
             html.paragraph(
-                "Each prompt in grey, then its tokens: the darker, the further the token's own step is predicted to move "
-                "the policy; struck through where it was rejected. A square is a token without text, such as the end."
+                "Each prompt in grey, then its tokens: the darker, the further the token's own step is predicted to "
+                "move the policy; struck through where it was rejected. A square is a token without text."
             )
             + body
         )

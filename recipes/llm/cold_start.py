@@ -98,7 +98,9 @@ def _train(model: Any, examples: Sequence[Example], tokenizer: Tokenizer, settin
         for e in examples
     ]
     true_rows, false_rows = (
-        PackedPairs([encode_pair(e, tokenizer, min(length, longest)) for e in half], min(length, longest), packing=False)
+        PackedPairs(
+            [encode_pair(e, tokenizer, min(length, longest)) for e in half], min(length, longest), packing=False
+        )
         for half in (examples, false)
     )
     generator = torch.Generator().manual_seed(settings.seed)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from evolute.callbacks.record import run_folder
 from evolute.models.advantages import Baseline, Scale, group_advantages
 from evolute.models.policy_loss import Objective, PolicyLoss, PolicyLossOutput
 from evolute.recipes.llm.cold_start import ColdStart, cold_start
+from evolute.recipes.llm.completions_log import CompletionsLog, forget_completions
 from evolute.recipes.llm.finetune import FineTune, without_lora
 from evolute.recipes.llm.passes import pass_at_k
 from evolute.recipes.llm.policy import completion_states
 from evolute.recipes.llm.rewards import Rewards, Scores, imported
-from evolute.recipes.llm.rollouts import Rollout, RolloutEngine, draw_uniforms, sample_completions
 from evolute.recipes.llm.rollout_metrics import rollout_metrics
-from evolute.recipes.llm.completions_log import CompletionsLog, forget_completions
+from evolute.recipes.llm.rollouts import Rollout, RolloutEngine, draw_uniforms, sample_completions
 
 Item = dict[str, Tensor]
 
@@ -122,10 +123,11 @@ class GRPO(FineTune):
         if scale_rewards not in ("group", "batch", "none"):
             raise ValueError(f"GRPO(scale_rewards={scale_rewards!r}): 'group', 'batch' or 'none'")
         self.rewards = Rewards(rewards, reward_weights, reward_timeout)
+        # Plain data alone: a checkpoint is read without unpickling anything else.
+        self.hparams["rewards"] = self.rewards.names if any(map(callable, rewards)) else list(rewards)
+        self.hparams["cold_start"] = None if cold_start is None else asdict(cold_start)
         self.success = success
-        self.policy_loss = PolicyLoss(
-            objective, clip_low, clip_high, kl_coef, temperature, max_length=max_completion
-        )
+        self.policy_loss = PolicyLoss(objective, clip_low, clip_high, kl_coef, temperature, max_length=max_completion)
         self.temperature = temperature
         self.group_size = group_size
         self.max_completion = max_completion
@@ -218,9 +220,7 @@ class GRPO(FineTune):
         if number is not None:
             uniforms = draw_uniforms(data.seed, number, prompts["indices"], group_size, self.max_completion)
         eos = data.tokenizer.eos_id
-        return self.engine(
-            self.model, prompts["ids"], group_size, self.max_completion, self.temperature, uniforms, eos
-        )
+        return self.engine(self.model, prompts["ids"], group_size, self.max_completion, self.temperature, uniforms, eos)
 
     def _score(self, prompts: dict[str, Any], rollout: Rollout, group_size: int) -> Scores:
         tokenizer = self._tokenizer
@@ -336,9 +336,7 @@ class GRPO(FineTune):
         self.rewards.failures.update(saved.get("failures", {}))
 
 
-def _assemble(
-    prompts: list[list[int]], rollout: Rollout, mask: Tensor, advantages: Tensor, group_size: int
-) -> Item:
+def _assemble(prompts: list[list[int]], rollout: Rollout, mask: Tensor, advantages: Tensor, group_size: int) -> Item:
     """Put prompts and completions together as rows of one training batch."""
     n, width = rollout.ids.shape
     lengths = torch.tensor([len(p) for p in prompts]).repeat_interleave(group_size)

@@ -108,9 +108,7 @@ class LlamaDecoder:
         self.at = end
         return F.linear(_rms(x[:, -1:], *self.norm), *self.head)
 
-    def _attend(
-        self, x: Tensor, qkv: Any, out: Any, cos: Tensor, sin: Tensor, cache: Tensor, end: int
-    ) -> Tensor:
+    def _attend(self, x: Tensor, qkv: Any, out: Any, cos: Tensor, sin: Tensor, cache: Tensor, end: int) -> Tensor:
         n, t = x.shape[:2]
         heads = F.linear(x, *qkv).view(n, t, self.heads + 2 * self.kv_heads, self.size).transpose(1, 2)
         turned, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]

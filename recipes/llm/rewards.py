@@ -95,8 +95,7 @@ def _call(function: RewardFunction, arguments: dict[str, Any], timeout: float | 
     async def awaited() -> Any:
         return await asyncio.wait_for(function(**arguments), timeout)
 
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
-    if is_async:
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
         # In a thread of its own: the caller (a notebook) may run an event loop already.
         return _in_thread(lambda: asyncio.run(awaited()), None)
     return function(**arguments) if timeout is None else _in_thread(lambda: function(**arguments), timeout)

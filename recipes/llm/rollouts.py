@@ -113,13 +113,12 @@ def _decode(
         u = None if uniforms is None else uniforms[rows, step]
         drawn, log_p = (t.cpu() for t in draw(scores, temperature, u))
         ids[rows, step], log_probs[rows, step] = drawn, log_p
-        ends = drawn == eos_id
+        ends = (drawn == eos_id) & ~finished[rows]
         if ends.any():
             finished[rows[ends]] = True
             lengths[rows[ends]] = step + 1
-        if step + 1 == max_tokens or len(rows) == int(ends.sum()):
-            if not decoder.keeps_rows or step + 1 == max_tokens:
-                break
+        if step + 1 == max_tokens or (len(rows) == int(ends.sum()) and not decoder.keeps_rows):
+            break
         if ends.any() and not decoder.keeps_rows:
             alive = (~ends).nonzero().squeeze(1)
             rows, drawn = rows[alive], drawn[alive]
