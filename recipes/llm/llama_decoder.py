@@ -115,11 +115,22 @@ class LlamaDecoder:
         one, two = turned.chunk(2, -1)
         turned = turned * cos + torch.cat((-two, one), -1) * sin
         cache[0][:, :, self.at : end], cache[1][:, :, self.at : end] = turned[:, self.heads :], v
+        if t == 1:
+            return F.linear(self._look(turned[:, : self.heads], cache, end).reshape(n, 1, -1), *out)
         y = F.scaled_dot_product_attention(
             turned[:, : self.heads], cache[0][:, :, :end], cache[1][:, :, :end], attn_mask=self.mask,
-            is_causal=self.mask is None and t > 1, enable_gqa=self.heads != self.kv_heads,
+            is_causal=self.mask is None, enable_gqa=self.heads != self.kv_heads,
         )  # fmt: skip
         return F.linear(y.transpose(1, 2).reshape(n, t, -1), *out)
+
+
+    def _look(self, q: Tensor, cache: Tensor, end: int) -> Tensor:
+        """Attend with one query a row: two small products, where a fused kernel costs more than it saves."""
+        q = q.view(len(q), self.kv_heads, -1, self.size)
+        scores = q @ cache[0][:, :, :end].transpose(-1, -2) * self.size**-0.5
+        if self.mask is not None:
+            scores = scores.masked_fill(~self.mask, -torch.inf)
+        return scores.softmax(-1) @ cache[1][:, :, :end]
 
 
 def _layer(block: Any) -> tuple[Any, Any, Any, Any, Any]:

@@ -117,10 +117,11 @@ def _decode(
         if ends.any():
             finished[rows[ends]] = True
             lengths[rows[ends]] = step + 1
-        if step + 1 == max_tokens or (len(rows) == int(ends.sum()) and not decoder.keeps_rows):
+        alive = (~finished[rows]).nonzero().squeeze(1)
+        if step + 1 == max_tokens or (len(alive) == 0 and not decoder.keeps_rows):
             break
-        if ends.any() and not decoder.keeps_rows:
-            alive = (~ends).nonzero().squeeze(1)
+        # To take rows out copies the cache: worth it once enough have ended.
+        if len(alive) < 0.7 * len(rows) and not decoder.keeps_rows:
             rows, drawn = rows[alive], drawn[alive]
             decoder.keep(alive.to(device))
         scores = decoder.step(drawn.to(device))
