@@ -3,6 +3,7 @@
     evolute data ml-100k
     python benchmarks/tf_llmer.py run --encoder gru4rec     # resumable, one JSON a fit in benchmarks/results/tf_llmer
     python benchmarks/tf_llmer.py table --encoder gru4rec   # what benchmarks/README.md shows
+    python benchmarks/tf_llmer.py start                     # what models expect before their first step
     python benchmarks/tf_llmer.py cold                      # items with few training events, and with none
 
 Each arm takes the learning rate with the highest mean validation NDCG@10 on the choosing seeds, and is reported on
@@ -144,6 +145,38 @@ def by_events(module: Recommend, data: InteractionDataModule) -> list[dict[str, 
     return groups
 
 
+STARTS: dict[str, dict[str, Any]] = {
+    "sasrec, published": {"encoder": "sasrec", "encoder_args": {"head": False}},
+    "sasrec, with a head": {"encoder": "sasrec", "encoder_args": {"head": True}},
+    "gru4rec": {"encoder": "gru4rec"},
+}
+
+
+def start(vectors: str) -> None:
+    """Print what models expect before their first step: the loss, and how much of it is the last item again."""
+    print("| model | table | norm | loss | self logit | first guess repeats the last item |\n|---|---|---|---|---|---|")
+    for name, arguments in STARTS.items():
+        for init in ("random", "rec_pca"):
+            for norm in (False, True):
+                L.seed_everything(0, verbose=False)
+                data = InteractionDataModule(vectors=vectors, batch_size=32)
+                module = Recommend(init=init, **arguments)  # type: ignore[arg-type]
+                callbacks: list[Any] = [ItemEmbeddingNorm(temperature=TEMPERATURE)] if norm else []
+                trainer = L.Trainer(
+                    accelerator="cpu", max_steps=0, logger=False, callbacks=callbacks, enable_checkpointing=False,
+                    enable_progress_bar=False, enable_model_summary=False,
+                )  # fmt: skip
+                trainer.fit(module, data)  # no step: it builds the model and installs the norm
+                batch = next(iter(data.train_dataloader()))
+                with torch.no_grad():
+                    loss, logits, _ = module.eval().loss_on(batch)
+                last = batch["items"][:, :-1][batch["items"][:, 1:] < data.n_items]
+                own = float((logits.gather(1, last[:, None])[:, 0] - logits.mean(1)).mean())
+                repeats = float((logits.argmax(1) == last).float().mean())
+                cells = f"{'yes' if norm else 'no'} | {loss:.2f} | {own:.2f} | {repeats:.0%}"
+                print(f"| {name} | {init} | {cells} |", flush=True)
+
+
 def path_of(encoder: str, arm: str, norm: bool, lr: float, seed: int) -> Path:
     name = f"{encoder}-{arm.replace(' ', '_')}-{'norm' if norm else 'none'}-{lr:g}-{seed}.json"
     return RESULTS / name
@@ -223,7 +256,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "table", "cold"))
+    parser.add_argument("what", choices=("run", "table", "cold", "start"))
     parser.add_argument("--encoder", default="gru4rec")
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--vectors", default="wordllama")
@@ -233,6 +266,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.what == "table":
         table(a.encoder)
+    elif a.what == "start":
+        start(a.vectors)
     elif a.what == "cold":
         cold(a.encoder, a.vectors, tuple(a.fresh), a.lr)
     else:
