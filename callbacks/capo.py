@@ -12,8 +12,10 @@ from typing_extensions import override
 
 from evolute.callbacks.access import TokenCall, gather_rows
 from evolute.callbacks.capo_head import HeadReader
-from evolute.callbacks.record import record_arrays
+from evolute.callbacks.realized_kl import RealizedKL
+from evolute.callbacks.record import record, record_arrays
 from evolute.callbacks.token_mask import REJECTED, Denominator, TokenMask
+from evolute.callbacks.token_shifts import TokenShifts, joined_shifts, statistics
 from evolute.geometry import (
     PredictedShifts,
     ShiftLimits,
@@ -31,22 +33,6 @@ PRESETS: dict[str, tuple[float, float]] = {"capo": (1e-4, 1e-2), "dr_capo": (1e-
 
 TOO_MANY, PATIENCE = 0.2, 3
 OBJECTIVE, POLICY, POLICY_FAILS, OBJECTIVE_FAILS, NONFINITE, MASS, INSIDE = range(4, 11)
-
-
-class TokenShifts(NamedTuple):
-    """What was predicted and decided in one micro-batch of this rank, all [B, T].
-
-    Attributes:
-        actions: the tokens.
-        objective: predicted shift of the objective, m_H; NaN at tokens that were not looked at.
-        policy: predicted shift of the policy, m_F; NaN likewise.
-        rejected: whether this callback rejected the token (in a dry run: would have).
-    """
-
-    actions: Tensor
-    objective: Tensor
-    policy: Tensor
-    rejected: Tensor
 
 
 class _Seen(NamedTuple):
@@ -91,6 +77,9 @@ class CAPO(TokenMask):
             ``"batch"`` (a rank's micro-batch).
         max_reject_frac: reject at most this share of a micro-batch's tokens (sequences), the worst.
         max_rows: rows of moments to hold; beyond it those not touched for longest are forgotten.
+        realized_every_n_steps: after each so many steps, evaluate the batch once more and record the KL that the step
+            really brought on the candidates (``capo/realized_kl``), and its rank correlation with the predicted shift;
+            0 for never. Under the SGD model it needs ``model="exact"``.
         log_tokens: write every token's shifts and fate to ``arrays/capo`` each so many steps; 0 for never.
         denominator: see :class:`TokenMask`, as are the others.
         start_step: first step that is acted on.
@@ -120,6 +109,7 @@ class CAPO(TokenMask):
         granularity: Literal["token", "sequence", "batch"] = "token",
         max_reject_frac: float | None = None,
         max_rows: int | None = None,
+        realized_every_n_steps: int = 0,
         log_tokens: int = 0,
         denominator: Denominator = "kept",
         start_step: int = 0,
@@ -144,8 +134,14 @@ class CAPO(TokenMask):
             raise MisconfigurationException(f"CAPO(delta_h_low={delta_h_low}): must be below delta_h={delta_h}")
         if max_reject_frac is not None and not 0.0 < max_reject_frac <= 1.0:
             raise MisconfigurationException(f"CAPO(max_reject_frac={max_reject_frac}): a share in (0, 1], or None")
-        if log_tokens < 0:
-            raise MisconfigurationException(f"CAPO(log_tokens={log_tokens}): must be at least 0")
+        for name, value in (("log_tokens", log_tokens), ("realized_every_n_steps", realized_every_n_steps)):
+            if value < 0:
+                raise MisconfigurationException(f"CAPO({name}={value}): must be at least 0")
+        if realized_every_n_steps and optimizer_model == "sgd" and model == "taylor" and granularity == "token":
+            raise MisconfigurationException(
+                f"CAPO(realized_every_n_steps={realized_every_n_steps}): the SGD model over the whole vocabulary keeps "
+                "no candidates to compare; take model='exact'"
+            )
         self.limits = ShiftLimits(delta_f, delta_h, delta_h_low)
         self.optimizer_model = optimizer_model
         self.top_k = top_k
@@ -154,11 +150,14 @@ class CAPO(TokenMask):
         self.granularity = granularity
         self.max_reject_frac = max_reject_frac
         self.log_tokens = log_tokens
+        self.realized_every_n_steps = realized_every_n_steps
+        self._realized, self._due = RealizedKL(), False
         self.last: list[TokenShifts] = []
         self._moments = SparseMoments(max_rows=max_rows)
         self._saved: dict[str, Any] | None = None
         self._seen: _Seen | None = None
         self._accepted: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._probs: Tensor | None = None
         self._new_step = True
         self._high, self._warned = 0, False
 
@@ -208,7 +207,14 @@ class CAPO(TokenMask):
         columns = torch.stack([x.double() for x in (objective, policy, *fails, broken)], dim=1)
         self._seen = seen._replace(columns=torch.cat([columns, seen.columns.double()], dim=1))
         self._keep_last(call, rows, objective, policy, rejected)
+        if self._probs is not None and self._measures():
+            self._realized.remember(rows, seen.ids, self._probs, policy)
+        self._probs = None
         return rejected
+
+    def _measures(self) -> bool:
+        every = self.realized_every_n_steps
+        return every > 0 and self._steps_seen % every == 0
 
     def _whole_vocabulary(
         self, call: TokenCall, rows: Tensor, hidden: Tensor, lr: float
@@ -243,6 +249,7 @@ class CAPO(TokenMask):
             for group in unit.unique():
                 some = unit == group
                 steps[some] = joint_logit_steps(hidden[some], ids[some], pull[some], lr, call.temperature, moments, eps)
+        self._probs = support.probs
         shifts = predicted_shifts(steps, support.probs, action, weight)
         shifts = PredictedShifts(*(torch.where(weight == 0, 0.0, x) for x in shifts))  # momentum moves clipped ones too
         return _Seen(rows, hidden, ids, pull, torch.stack([mass, inside.to(mass)], dim=1)), shifts
@@ -285,10 +292,26 @@ class CAPO(TokenMask):
         self._accepted.append((seen.hidden[used], seen.ids[used], seen.pull[used]))
 
     @override
+    def probed(self, call: TokenCall) -> None:
+        if self._due:
+            self._realized.hear(call)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._due:
+            found = self._realized.measure(trainer, pl_module, self._backend, batch, batch_idx)
+            record(trainer, "capo", found, self._steps_seen - 1)
+            self._due = False
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @override
     def finish(self, trainer: L.Trainer) -> None:
         self._new_step = True
+        self._due = self._measures()
         if self.log_tokens and self._steps_seen % self.log_tokens == 0 and self.last:
-            record_arrays(trainer, "capo", _joined(self.last), self._steps_seen)
+            record_arrays(trainer, "capo", joined_shifts(self.last), self._steps_seen)
         if self.optimizer_model == "sgd":
             return
         self._restore(trainer.lightning_module.device)
@@ -310,8 +333,8 @@ class CAPO(TokenMask):
         finite = noted[noted[:, NONFINITE] == 0]
         for suffix, some in (("", finite), ("_kept", finite[finite[:, REJECTED] == 0])):
             if len(some):
-                values.update(_statistics(f"m_f{suffix}", some[:, POLICY], (50, 99)))
-                values.update(_statistics(f"m_h{suffix}", some[:, OBJECTIVE], (1, 99)))
+                values.update(statistics(f"m_f{suffix}", some[:, POLICY], (50, 99)))
+                values.update(statistics(f"m_h{suffix}", some[:, OBJECTIVE], (1, 99)))
         self._warn(float(values["reject_frac"]))
         return values
 
@@ -348,25 +371,6 @@ def _group_mean(values: Tensor, unit: Tensor) -> Tensor:
     return (values.new_zeros(len(counts)).index_add_(0, index, values) / counts)[index]
 
 
-def _statistics(name: str, values: Tensor, percents: tuple[int, int]) -> dict[str, Tensor]:
-    """Return mean, extremes and percentiles (nearest rank) of some values."""
-    ordered = values.sort().values
-    found = {f"{name}/mean": values.mean(), f"{name}/min": ordered[0], f"{name}/max": ordered[-1]}
-    found.update({f"{name}/p{p:02d}": ordered[round(p / 100 * (len(ordered) - 1))] for p in percents})
-    return found
-
-
 def _nothing(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     empty = torch.zeros(0, 0, device=device)
     return empty, empty.long(), empty
-
-
-def _joined(tables: list[TokenShifts]) -> dict[str, Tensor]:
-    """Return the tables of a step as one, shorter completions padded: NaN, False, and -1 for tokens."""
-    width = max(t.actions.shape[1] for t in tables)
-    fill = {"actions": -1, "objective": math.nan, "policy": math.nan, "rejected": False}
-    return {name: torch.cat([_wider(getattr(t, name), width, fill[name]) for t in tables]) for name in fill}
-
-
-def _wider(table: Tensor, width: int, empty: Any) -> Tensor:
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]), value=empty)

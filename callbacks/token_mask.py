@@ -156,6 +156,9 @@ class TokenMask(Callback):
     def settled(self, call: TokenCall, kept: Tensor) -> None:
         """Hear which tokens [B, T] all masks together kept."""
 
+    def probed(self, call: TokenCall) -> None:
+        """Hear of a call of the loss in a probe."""
+
     def _stepped(self, step: OptimizerStep) -> None:
         with self._pace.timed():
             device = self._noted[0].device if self._noted else torch.device("cpu")

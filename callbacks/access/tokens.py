@@ -111,6 +111,10 @@ class Mask(Protocol):
         """Hear which tokens all together kept [B, T]."""
         ...
 
+    def probed(self, call: TokenCall) -> None:
+        """Hear of a call of the loss in a probe."""
+        ...
+
 
 class Decision(NamedTuple):
     """What was decided about some completions, and how to know them again."""
@@ -178,10 +182,14 @@ class TokenDoor:
         actions, mask = arguments["actions"], arguments["mask"]
         probed = being_probed()
         kept = self._replayed(actions, mask) if probed or not self._awaiting else None
+        device = actions.device.type
+        call = TokenCall(loss, arguments, len(self._decisions), torch.is_autocast_enabled(device))
+        if probed:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                for each in self._masks:
+                    each.probed(call)
         if kept is None and self._open and not probed:
             self._awaiting = False
-            device = actions.device.type
-            call = TokenCall(loss, arguments, len(self._decisions), torch.is_autocast_enabled(device))
             with torch.no_grad(), torch.autocast(device, enabled=False):
                 kept = self._decide(call)
             self._decisions.append(Decision(actions.clone(), mask.bool().clone(), kept))

@@ -114,7 +114,7 @@ class SparseMoments:
         needed, held = min(self._used + rows, limit), self._capacity()
         if needed <= held:
             return
-        size = max(needed, held + held // 2)
+        size = max(needed, 2 * held)
         size = size if self.max_rows is None else min(size, limit)
         grown = like.new_zeros(2, size, like.shape[-1])
         if self._capacity():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from evolute.geometry.policy.moments import SparseMoments, mean_rows
 
-BYTES = 2**21
+BYTES = 2**20
 """Size of one temporary: a few of them exist at once, and fit a processor's cache."""
 
 

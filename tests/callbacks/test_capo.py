@@ -280,6 +280,26 @@ def test_what_is_recorded_of_a_step(tmp_path):
     assert len(callback._moments) <= 6
 
 
+def test_the_kl_that_a_step_brought_is_measured_after_it_and_disturbs_nothing():
+    """Of the step that was made, on the last batch before it, with all candidates: the whole distribution."""
+    recorder, plain = Recorder(), train([CAPO(**ALL)], lambda: Policy(0.1), steps=3)[0]
+    callback = CAPO(**ALL, top_k=None, realized_every_n_steps=2)
+    watched, _ = train([callback], lambda: Policy(0.1), steps=3, logger=recorder)
+    for p, q in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(p, q)
+    found = recorder.of("capo/realized_kl")
+    assert sorted(found) == [0, 2]
+    assert set(recorder.of("capo/realized_rank_corr")) == {0, 2}
+    x, _, advantages, mask = (leaf[2 * B : 3 * B] for leaf in completions().tensors)
+    rows = mask & (advantages != 0)
+    with torch.no_grad():
+        new = watched.head(watched.body(x)).double().log_softmax(-1)[rows]
+    old = watched.outputs[2][2].detach().double().log_softmax(-1)[rows]
+    assert found[2] == pytest.approx(float((old.exp() * (old - new)).sum(-1).mean()), rel=1e-3)
+    with pytest.raises(MisconfigurationException, match="realized_every_n_steps=1"):
+        CAPO(optimizer_model="sgd", realized_every_n_steps=1)
+
+
 def test_too_many_rejections_are_said_once(recwarn):
     train([CAPO(delta_f=1e-9)], steps=4)
     said = [w for w in recwarn if "CAPO rejected more than 20%" in str(w.message)]
