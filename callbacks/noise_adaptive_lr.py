@@ -15,6 +15,7 @@ from evolute.callbacks.access import (
     Action,
     GradientPairs,
     OptimizerStep,
+    PlainBackend,
     Stage,
     attach,
     backend_for,
@@ -67,6 +68,8 @@ class NoiseAdaptiveLR(Callback):
         norms: norm of parameters by name pattern, ``{"head.*": "sign"}``, over the automatic choice.
         dual: ``"scaled"`` measures in the dual of the RMS->RMS norm, so that layers of different shape compare;
             ``"plain"`` in the nuclear, l1 and l2 norms themselves.
+        rows: ``"all"``, or ``"seen"``: noise of the rows alone that both gradients have something for, where gradients
+            are sparse by rows, as those of Gaussians and item vectors; not under a strategy that shards.
         dry_run: measure and record, change nothing.
 
     Raises:
@@ -84,6 +87,7 @@ class NoiseAdaptiveLR(Callback):
         layers: str = ".*",
         norms: dict[str, Literal["spectral", "sign", "rms"]] | None = None,
         dual: Literal["scaled", "plain"] = "scaled",
+        rows: Literal["all", "seen"] = "all",
         dry_run: bool = False,
     ) -> None:
         if isinstance(alpha, str) and alpha != "auto":
@@ -98,7 +102,10 @@ class NoiseAdaptiveLR(Callback):
             raise MisconfigurationException(f"NoiseAdaptiveLR(estimator={estimator!r}): 'consecutive' or 'split'")
         if dual not in ("scaled", "plain"):
             raise MisconfigurationException(f"NoiseAdaptiveLR(dual={dual!r}): 'scaled' or 'plain'")
+        if rows not in ("all", "seen"):
+            raise MisconfigurationException(f"NoiseAdaptiveLR(rows={rows!r}): 'all' or 'seen'")
         self.alpha: float | Literal["auto"] = alpha
+        self.rows = rows
         self.power = power
         self.decay = decay
         self.every_n_steps = every_n_steps
@@ -132,6 +139,11 @@ class NoiseAdaptiveLR(Callback):
         self._backend = backend_for(trainer, "NoiseAdaptiveLR")
         require(self._backend, "NoiseAdaptiveLR", gradients="use another strategy", scaling="use another strategy")
         self._pairs.refuse(trainer, self._backend, "NoiseAdaptiveLR")
+        if self.rows == "seen" and not isinstance(self._backend, PlainBackend):
+            raise MisconfigurationException(
+                f"NoiseAdaptiveLR(rows='seen') needs whole rows, and {type(trainer.strategy).__name__} gives each "
+                "process pieces: use rows='all'"
+            )
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,6 +187,8 @@ class NoiseAdaptiveLR(Callback):
         with self._pace.timed():
             gradients = self._backend.gradients(self._params, optimizer)
             pair = self._pairs.pair(trainer, gradients, self._steps_seen)
+            if pair is not None and self.rows == "seen":
+                pair.seen_only()
             if pair is None or not pair.first or self._update(trainer, pair.difference()):
                 self._pairs.keep(gradients, self._steps_seen)
         self._steps_seen += 1

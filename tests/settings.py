@@ -249,6 +249,7 @@ SETTINGS: dict[str, Setting] = {
             {"every_n_steps": 0},
             {"estimator": "third"},
             {"dual": "both"},
+            {"rows": "some"},
         ),
     ),
     "ItemGeometry": Setting(

@@ -30,6 +30,19 @@ class GradientPair:
     noise_share: float
     to_step: float
 
+    def seen_only(self) -> None:
+        """Leave out the rows that one of the two gradients has nothing for: copies with zeros take their place.
+
+        A gradient that is sparse by rows (Gaussians out of view, items out of a batch) otherwise differs from the next
+        one mostly by which rows they have.
+        """
+        for name, a in self.first.items():
+            b = self.second[name]
+            if a.ndim:
+                seen = [(g if g.ndim == 1 else g.flatten(1).any(1)) != 0 for g in (a, b)]
+                both = (seen[0] & seen[1]).view(-1, *(1 for _ in a.shape[1:]))
+                self.first[name], self.second[name] = a * both, b * both
+
     def difference(self) -> dict[str, Tensor]:
         """Return ``(first - second) to_step``, by name. It takes the place of ``first``: nothing is copied."""
         differences = list(self.first.values())

@@ -185,6 +185,27 @@ def test_monitors_and_noise_adaptive_rates_follow_a_changing_number_of_gaussians
     assert log.of("lr_ratio/scene.params.means")
 
 
+def test_noise_of_rows_seen_twice_leaves_out_what_one_view_has_nothing_for():
+    from evolute.callbacks.access import GradientPair
+
+    first, second = torch.tensor([[1.0, 2], [0, 0], [3, 0]]), torch.tensor([[0.5, 2], [4, 4], [0, 0]])
+    kept = first.clone(), second.clone()
+    pair = GradientPair(
+        {"a": first, "b": torch.tensor([1.0, 0, 2])}, {"a": second, "b": torch.tensor([3.0, 4, 0])}, 0.5, 1.0
+    )
+    pair.seen_only()
+    difference = pair.difference()
+    assert difference["a"].tolist() == [[0.5, 0], [0, 0], [0, 0]]
+    assert difference["b"].tolist() == [-2.0, 0, 0]
+    assert torch.equal(first, kept[0])
+    assert torch.equal(second, kept[1])
+    logs = [Recorder(), Recorder()]
+    for rows, log in zip(("all", "seen"), logs, strict=True):
+        fit_splat([NoiseAdaptiveLR(rows=rows, dry_run=True)], logger=log)
+    every, seen = (sum(log.of("noise/scene.params.means").values()) for log in logs)
+    assert 0 < seen < every
+
+
 def test_a_monitor_changes_nothing_here_either():
     plain, _ = fit_splat([GAUSSIANS["GaussianDensify"].make()])
     watched, _ = fit_splat(
