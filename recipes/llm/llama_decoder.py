@@ -123,7 +123,6 @@ class LlamaDecoder:
         )  # fmt: skip
         return F.linear(y.transpose(1, 2).reshape(n, t, -1), *out)
 
-
     def _look(self, q: Tensor, cache: Tensor, end: int) -> Tensor:
         """Attend with one query a row: two small products, where a fused kernel costs more than it saves."""
         q = q.view(len(q), self.kv_heads, -1, self.size)
