@@ -66,13 +66,16 @@ class TokenCall:
         return self.arguments["hidden"].detach().flatten(0, 1)[rows]
 
     def logits(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield some of ``rows`` at a time, and their logits over the temperature [n, V], in float32 or wider."""
+        """Yield some of ``rows`` at a time, and their logits over the temperature [n, V], in float32 or wider.
+
+        They may be the loss's own: not to be written to.
+        """
         given, head = self.arguments.get("logits"), self.arguments.get("head")
         width = given.shape[-1] if given is not None else _outputs(head)
         for some in rows.split(max(1, BYTES // (4 * width))):
-            z = self.scores(self.hidden(some)) if given is None else given.detach().flatten(0, 1)[some]
+            z = self.scores(self.hidden(some)) if given is None else _taken(given.detach().flatten(0, 1), some)
             z = z.to(torch.promote_types(z.dtype, torch.float32))
-            yield some, z if self.temperature == 1.0 else z.div_(self.temperature)
+            yield some, z if self.temperature == 1.0 else z / self.temperature
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Return what the head makes of hidden states [n, H], in the precision of the run and without its dropout."""
@@ -85,6 +88,12 @@ class TokenCall:
         finally:
             for m in training:
                 m.training = True
+
+
+def _taken(table: Tensor, rows: Tensor) -> Tensor:
+    """Return rows [n, V] in ascending order; neighbours are not copied, which would take as long as their softmax."""
+    first, last = int(rows[0]), int(rows[-1])
+    return table[first : last + 1] if last - first + 1 == len(rows) else table[rows]
 
 
 def _outputs(head: Any) -> int:
