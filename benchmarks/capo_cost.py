@@ -190,7 +190,7 @@ PARTS.update({"fused": lambda n: memory("fused"), "naive": lambda n: memory("nai
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--part", choices=PARTS, help="run one part in this process and print its JSON")
     parser.add_argument("--again", action="store_true", help="measure again what is there")
     options = parser.parse_args()
