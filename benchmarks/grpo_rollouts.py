@@ -2,9 +2,9 @@
 
 .venv/bin/python benchmarks/grpo_rollouts.py [--rounds 9]
 
-The model and the rollout of ``llm/grpo`` (16 prompts of chain_sum, 16 completions each, at most 5 tokens), and longer ones,
-one thread, process CPU time, interleaved, the median of the rounds. Greedy outputs must be equal. With sampling both draw
-at temperature 1 and to the same lengths: the end token is one that never comes.
+The model and the rollout of ``llm/grpo`` (16 prompts of chain_sum, 16 completions each, at most 5 tokens), and longer
+ones, one thread, process CPU time, interleaved, the median of the rounds. Greedy outputs must be equal. With sampling
+both draw at temperature 1 and to the same lengths: the end token is one that never comes.
 """
 
 import argparse
@@ -40,9 +40,9 @@ def generate(model: Any, prompts: list[list[int]], group: int, tokens: int, samp
     return torch.nn.functional.pad(out, (0, tokens - out.shape[1]))
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
     start = time.process_time()
-    work()
+    work(*arguments)
     return time.process_time() - start
 
 
@@ -67,8 +67,8 @@ def main() -> int:
         uniforms = draw_uniforms(0, 0, range(16), group, tokens)
         pairs = [
             (
-                seconds(lambda: sample_completions(model, prompts, group, tokens, 1.0, uniforms, never)),
-                seconds(lambda: generate(model, prompts, group, tokens, True, never)),
+                seconds(sample_completions, model, prompts, group, tokens, 1.0, uniforms, never),
+                seconds(generate, model, prompts, group, tokens, True, never),
             )
             for _ in range(rounds + 1)
         ][1:]
@@ -81,9 +81,8 @@ def main() -> int:
             f"generate {count / slow:8.0f}: {ratio:.2f}x",
             flush=True,
         )
-    print(
-        f"greedy outputs equal: {equal}; default rollout {worst:.2f}x, bar {BAR}x: {'met' if worst >= BAR else 'missed'}"
-    )
+    verdict = "met" if worst >= BAR else "missed"
+    print(f"greedy outputs equal: {equal}; default rollout {worst:.2f}x, bar {BAR}x: {verdict}")
     return int(not equal or worst < BAR)
 
 
