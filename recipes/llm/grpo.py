@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -317,6 +318,8 @@ class GRPO(FineTune):
         names = ["val/pass@1", f"val/pass@{self.pass_k}", "val/greedy"]
         values = dict(zip(names, (total[:3] / total[3]).tolist(), strict=True))
         self.log_dict(values, prog_bar=True, sync_dist=False)
+        if self.trainer.sanity_checking:  # whose numbers Lightning drops: the accuracy that the run begins with
+            rank_zero_info("before the first step: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
