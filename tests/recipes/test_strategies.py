@@ -19,6 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks.zero_checkpoint import layout, load_checkpoint
+from evolute.data import write_vectors
 from evolute.recipes.llm import Pretrain
 from evolute.recipes.llm.network import build
 from evolute.registry import recipes, strategies
@@ -48,22 +49,47 @@ TINY: dict[str, dict[str, Any]] = {
         "data": {"source": "FOLDER/corpus", "context": 24, "val_fraction": 0.1},
     }
 }
-"""What makes a recipe small enough for a test. Every packaged recipe must be here."""
+"""What makes a recipe small enough for a test."""
+TABLE = {"dim": 8, "encoder": "gru4rec", "encoder_args": {"hidden": 8, "dropout": 0.0}, "lr": 0.01}
+EVENTS = {"source": "FOLDER/log.csv", "vectors": "FOLDER/vectors.parquet", "max_len": 8}
+OTHERS: dict[str, dict[str, Any]] = {
+    "llm/sft": {
+        "model": {"config": {"model_type": "llama", **LLAMA}, "lr": 0.01, "samples": 0},
+        "data": {
+            "source": "FOLDER/pairs.jsonl", "source_args": None, "prompt_template": None, "tokenizer": "byte",
+            "context": 32, "val_fraction": 0.1, "packing": False,
+        },
+    },
+    "recommender/plain": {"model": TABLE, "data": EVENTS},
+    "recommender/tf_llmer": {"model": TABLE, "data": EVENTS},
+}  # fmt: skip
+"""Recipes that share the paths to checkpoints with the first: what they reach under each stage is compared, no more."""
+COMPARED = [
+    (recipe, run) for recipe in OTHERS for run in ("zero1", "zero2", "zero3", "ddp")
+    if (recipe, run) != ("recommender/tf_llmer", "zero3")  # ItemEmbeddingNorm refuses shards of weights
+]  # fmt: skip
+ELSEWHERE = {
+    "llm/grpo": "each process draws completions of its own: no batch is that of one process",
+    "llm/grpo_smollm2": "the same recipe on another model",
+    "splatting/gtlr": "refuses several processes: tests/recipes/test_splatting.py",
+}
+"""Recipes with no loss to compare, and why. Every packaged recipe must be in one of the three."""
 
 
 def write(folder: Path, name: str) -> None:
     """Write a packaged recipe as ``<task>-<name>.yaml``: small, and with callbacks that do not look at the clock."""
     config = yaml.safe_load(recipes()[name].read_text())
-    for part, values in copy.deepcopy(TINY[name]).items():
-        config[part]["init_args"].update(values)
-    config["data"]["init_args"]["source"] = str(folder / "corpus")
+    for part, values in copy.deepcopy({**TINY, **OTHERS}[name]).items():
+        placed = {k: v.replace("FOLDER", str(folder)) if isinstance(v, str) else v for k, v in values.items()}
+        config[part]["init_args"].update(placed)
     config["data"]["init_args"]["batch_size"] = GLOBAL_BATCH
     for callback in config["trainer"]["callbacks"]:
         callback["init_args"]["every_n_steps"] = 15
         if "budget" in callback["init_args"] or callback["class_path"].endswith(("Monitor", "StepRadius")):
             callback["init_args"]["budget"] = None
     config["trainer"].update(
-        max_steps=STEPS, val_check_interval=SAVED // 2, limit_val_batches=None, log_every_n_steps=1,
+        max_steps=STEPS, max_epochs=-1, val_check_interval=SAVED // 2, check_val_every_n_epoch=None,
+        limit_val_batches=None, log_every_n_steps=1,
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     (folder / f"{name.replace('/', '-')}.yaml").write_text(yaml.safe_dump(config))
@@ -73,7 +99,14 @@ def write_all(folder: Path) -> None:
     (folder / "corpus").mkdir()
     for i in range(60):
         (folder / "corpus" / f"{i}.txt").write_text(f"{i} green bottles hang on the wall, {i * i} on the floor\n" * 4)
-    for name in recipes():
+    pairs = [{"prompt": f"{i} + {i % 7} = ", "completion": str(i + i % 7)} for i in range(99)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    # Users with as many events each: then the mean of two ranks' mean losses is the mean of all.
+    events = [f"u{user},{(user * user + time * (1 + user % 3)) % 30},{time}" for user in range(40) for time in range(8)]
+    (folder / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *events]) + "\n")
+    vectors = torch.randn(30, 12, generator=torch.Generator().manual_seed(0)) + 1
+    write_vectors(folder / "vectors.parquet", [str(item) for item in range(30)], vectors.numpy())
+    for name in (*TINY, *OTHERS):
         write(folder, name)
     (folder / "two.yaml").write_text("trainer: {devices: 2}\n")
     build({"model_type": "llama", **LLAMA}, 320, None, "sdpa").save_pretrained(folder / "hf")
@@ -156,7 +189,9 @@ def pair(folder: Path) -> None:
     """What two processes do."""
     zero = {stage: (str(folder / f"zero{stage}.yaml"),) for stage in (1, 2, 3)}
     zero = {**zero, **{name: (str(strategies()[f"strategy/{name}"]), str(folder / "two.yaml")) for name in TORCH}}
-    for recipe in recipes():
+    for recipe, run in COMPARED:
+        fit(folder, recipe, run, configs=zero[run if run in TORCH else int(run[-1])])
+    for recipe in TINY:
         for stage in (1, 2, 3):
             fit(folder, recipe, f"zero{stage}", configs=zero[stage])
             killed(folder, recipe, f"bf16-{stage}", 4, "--trainer.precision", "bf16-mixed", configs=zero[stage])
@@ -201,7 +236,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of one process and of two."""
     folder = tmp_path_factory.mktemp("strategies")
     write_all(folder)
-    for recipe in recipes():
+    for recipe in (*TINY, *OTHERS):
         fit(folder, recipe, "single", batch=GLOBAL_BATCH)
     for name in SPECIAL:
         fit(folder, "llm/pretrain", f"{name}-0", *special(folder, name), batch=GLOBAL_BATCH)
@@ -210,7 +245,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_recipe_has_a_tiny_version():
-    assert TINY.keys() == recipes().keys()
+    assert {*TINY, *OTHERS, *ELSEWHERE} == set(recipes())
+
+
+@pytest.mark.parametrize(("recipe", "run"), COMPARED)
+def test_other_recipes_validate_under_two_processes_as_in_one(runs, recipe, run):
+    single, found = (
+        {
+            int(r["step"]): {k: float(v) for k, v in r.items() if k.startswith("val/")}
+            for r in rows(runs / recipe / name)
+        }
+        for name in ("single", run)
+    )
+    assert found.keys() == single.keys()
+    last = [values for values in single.values() if values][-1]
+    assert "val/loss" in last or "val/ndcg@10" in last
+    for step, values in single.items():
+        assert found[step] == pytest.approx(values, rel=0.01), step
 
 
 @pytest.mark.parametrize("recipe", TINY)
