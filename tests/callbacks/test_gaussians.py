@@ -258,7 +258,7 @@ def test_a_flight_passes_its_cameras():
     [(setting.make, b) for setting in GAUSSIANS.values() for b in setting.bad]
     + [(SHSchedule, {"every_n_steps": 0}), (DepthSchedule, {"start": -1})]
     + [(ExportPLY, {"path": "scene.obj"}), (RenderVideo, {"frames": 1}), (GsplatStrategy, {"strategy": "Best"})],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_arguments_out_of_range_are_refused_with_their_value(make, bad):
     with pytest.raises(MisconfigurationException, match=next(iter(bad))):
