@@ -200,7 +200,7 @@ class SceneDataModule(L.LightningDataModule):
             return 0, 0
         progress = trainer.fit_loop.epoch_loop.batch_progress
         per_epoch = int(trainer.num_training_batches)
-        return None if progress.current.ready >= per_epoch else divmod(progress.total.processed, per_epoch)
+        return None if progress.current.ready >= per_epoch else divmod(progress.total.processed, per_epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _sets(self) -> "tuple[Views, Views]":
         if self._views is None:

@@ -39,7 +39,7 @@ class _World:
         ring.apply_transform(trimesh.transformations.rotation_matrix(1.1, [1, 0.3, 0]))
         ring.apply_translation([0.1, -0.6, 0.55])
         meshes = [room, box, ball, ring]
-        self.whole = trimesh.util.concatenate(meshes)
+        self.whole: Any = trimesh.util.concatenate(meshes)
         self.owner = np.repeat(np.arange(len(meshes)), [len(m.faces) for m in meshes])
         self.normals = self.whole.face_normals
         try:

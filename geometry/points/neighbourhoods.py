@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 AT_ONCE = 65536
@@ -43,7 +43,7 @@ def neighbourhoods(points: Tensor, k: int, colors: Tensor | None = None) -> Neig
         empty = points.new_zeros(0)
         return Neighbourhoods(empty, None if colors is None else empty, points.new_zeros(0, 3))
     exact = points.detach().double().cpu()
-    tree = cKDTree(exact.numpy())
+    tree = KDTree(exact.numpy())
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for begin in range(0, len(points), AT_ONCE):
         nearest = torch.from_numpy(tree.query(exact[begin : begin + AT_ONCE].numpy(), k=min(k, len(points)))[1])
@@ -115,7 +115,7 @@ def subset_neighbourhoods(
     if len(exact) > reference:
         chosen = torch.randperm(len(exact), generator=generator)[:reference]
     near = min(k, len(chosen))
-    found = cKDTree(exact[chosen].numpy()).query(exact[wanted].numpy(), k=near)[1]
+    found = KDTree(exact[chosen].numpy()).query(exact[wanted].numpy(), k=near)[1]
     nearest = chosen[torch.from_numpy(found).reshape(len(wanted), near)]
     # By identity: where the subset lacks the point itself, it takes the place of the farthest neighbour.
     absent = (nearest != wanted[:, None]).all(1)

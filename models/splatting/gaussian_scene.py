@@ -1,7 +1,7 @@
 """The trained form of a scene: logarithms, logits and harmonics as parameters."""
 
 import torch
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,7 +62,7 @@ class GaussianScene(nn.Module):
         """
         scene = cls(len(points), sh_degree)
         k = min(NEIGHBOURS, max(len(points) - 1, 1))
-        tree = cKDTree(points.double().numpy())
+        tree = KDTree(points.double().numpy())
         distances = torch.from_numpy(tree.query(points.double().numpy(), k=k + 1)[0]).reshape(len(points), -1)
         finite = torch.where(distances.isfinite(), distances, torch.zeros_like(distances))
         width = (scale * finite[:, 1:].mean(-1)).clamp_min(1e-6).float()

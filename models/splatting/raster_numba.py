@@ -33,7 +33,7 @@ class Blend(torch.autograd.Function):
     @override
     @staticmethod
     @once_differentiable  # second derivatives are refused, not wrong: who wants them takes differences
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of means2d, conics, opacities and colors."""
         saved = ctx.saved_tensors
         ids, colors = saved[5], saved[4]

@@ -101,8 +101,9 @@ def add_lora(model: nn.Module, arguments: dict[str, Any]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError(f"lora={arguments} needs peft: pip install 'evolute[llm]'") from error
+    options: dict[str, Any] = {"target_modules": "all-linear", **arguments}
     try:
-        inject_adapter_in_model(LoraConfig(**{"target_modules": "all-linear", **arguments}), model)
+        inject_adapter_in_model(LoraConfig(**options), model)
     except Exception as error:  # peft's own types, TypeError for unknown arguments
         raise ValueError(f"lora={arguments}: peft refuses it ({one_line(error)})") from error
 

@@ -88,8 +88,9 @@ class LlamaDecoder:
         """Go on with these rows, in this order."""
         self.cache = self.cache[:, :, rows]
         self.starts = self.starts[rows]
-        if getattr(self, "valid", None) is not None:
-            self.valid = self.valid[rows]
+        valid: Tensor | None = getattr(self, "valid", None)
+        if valid is not None:
+            self.valid = valid[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to every row and return the next logits, ``[n, vocab]``."""

@@ -6,7 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -164,8 +164,9 @@ def reasoning_gym(
     """Score with the verifier of the reasoning-gym task that made the problem, in [0, 1]."""
     from reasoning_gym import get_score_answer_fn
 
+    verifier = cast(Any, get_score_answer_fn)  # whose own annotation leaves the arguments out
     return [
-        float(get_score_answer_fn(meta["source_dataset"])(text.strip(), {"answer": known, "metadata": meta}))
+        float(verifier(meta["source_dataset"])(text.strip(), {"answer": known, "metadata": meta}))
         for text, known, meta in zip(completions, answer, metadata, strict=True)
     ]
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -149,7 +149,7 @@ class Recommend(L.LightningModule):
             return
         graph = data.graph if a.init == "rec_pca" and data is not None and not restored else None
         seed = int(torch.randint(2**31, ()))
-        init = "random" if restored else a.init  # a checkpoint brings the rows
+        init: TableMethod = "random" if restored else cast(TableMethod, a.init)  # a checkpoint brings the rows
         table = initial_table(vectors, a.dim, init, graph, a.trade_off, a.form, a.row_norm, seed)
         if a.adapter is not None:
             self.item_emb = AdaptedItems(table, a.dim, a.adapter, a.freeze, self.encoder.extra)
