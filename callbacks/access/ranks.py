@@ -97,7 +97,7 @@ def gather_rows(rows: Tensor, trainer: L.Trainer) -> Tensor:
     shapes = trainer.strategy.all_gather(torch.tensor(rows.shape, device=rows.device)).reshape(-1, 2)
     counts, width = shapes[:, 0].tolist(), int(shapes[:, 1].max())
     padded = rows.new_zeros(max(counts), width)
-    padded[: len(rows)] = rows
+    padded[: len(rows), : rows.shape[1]] = rows
     gathered = trainer.strategy.all_gather(padded).reshape(len(counts), max(counts), width)
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 

@@ -1,6 +1,7 @@
 """CAPO end to end: what it rejects, what that does to gradients, its moments, its refusals; and the controls."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from evolute.callbacks import CAPO, EntropyMask, MetricsCSV, RandomTokenMask
-from evolute.callbacks.access import backend_for, probing
+from evolute.callbacks.access import backend_for, gather_rows, probing
 from evolute.geometry import SparseMoments, logit_steps, predicted_shifts, token_support
 from evolute.models.policy_loss import PolicyLoss
 from tests.conftest import fit
@@ -357,3 +358,11 @@ def test_what_it_cannot_model_is_refused_or_said():
     frozen = nn.Linear(H, V).requires_grad_(False)
     with pytest.warns(UserWarning, match="is frozen"):
         train([CAPO()], lambda: Policy(head=frozen), steps=1)
+
+
+def test_a_rank_without_a_row_joins_those_of_the_other():
+    other = torch.arange(6.0).reshape(2, 3)
+    answers = iter([torch.tensor([2, 3]), other])
+    gather = lambda mine: torch.stack([mine, next(answers)])  # noqa: E731
+    trainer: Any = SimpleNamespace(world_size=2, strategy=SimpleNamespace(all_gather=gather))
+    assert torch.equal(gather_rows(torch.zeros(0, 0), trainer), other)
