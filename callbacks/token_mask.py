@@ -1,5 +1,6 @@
 """What the callbacks that take tokens out of a policy loss have in common."""
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import lightning as L
@@ -32,7 +33,7 @@ REJECTED, SIGN, SEQUENCE, EMPTIED = range(4)
 of its sequence; and of its sequence if that lost all its tokens."""
 
 
-class TokenMask(Callback):
+class TokenMask(Callback, ABC):
     """Takes tokens out of a policy loss before it is reduced. A subclass says which, in :meth:`wanted`.
 
     Tokens with an advantage of 0 have no gradient; they are neither rejected nor counted. A micro-batch's decision is
@@ -73,9 +74,9 @@ class TokenMask(Callback):
         """Whether tokens are really taken out at this step."""
         return not self.dry_run and self._steps_seen >= self.start_step
 
+    @abstractmethod
     def wanted(self, call: TokenCall, rows: Tensor) -> Tensor:
         """Return which of the tokens ``rows`` [n], counted along B T, to reject [n]."""
-        raise NotImplementedError
 
     def extra(self) -> Tensor | None:
         """Return further columns [n, c] about the tokens of the last :meth:`wanted`."""

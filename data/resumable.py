@@ -1,5 +1,6 @@
 """What data modules of fixed windows share: loaders that continue at the next batch after a resume."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from typing_extensions import override
 from evolute.data.samplers import ResumableLoader, ResumableSampler
 
 
-class ResumableDataModule(L.LightningDataModule):
+class ResumableDataModule(L.LightningDataModule, ABC):
     """Batches in an order of the seed alone, and a place in it that a checkpoint keeps.
 
     A subclass sets ``batch_size``, ``seed`` and ``num_workers``, fills ``_windows`` in ``setup`` and says in
@@ -73,8 +74,9 @@ class ResumableDataModule(L.LightningDataModule):
                     "its place in the data means nothing here; resume with the same value"
                 )
 
+    @abstractmethod
     def _identity(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return what must be equal for a place in the data to mean the same."""
 
     def _position(self) -> tuple[int, int] | None:
         """Return ``(epoch, batch)`` to train on next, ``None`` if the running epoch has no batch left.
