@@ -12,6 +12,7 @@ from evolute.callbacks.access import Backend, FlatOperator, OptimizerStep, base_
 from evolute.geometry import (
     Norm,
     SymmetricOperator,
+    adam_diagonal,
     adam_threshold,
     batched_lmo,
     generalized_sharpness,
@@ -180,13 +181,12 @@ def _adam(
         return None
     first = _first(groups)
     beta1, beta2 = first["betas"]
-    diagonal: list[Tensor] = []
-    for name, state in states.items():
-        t, second = float(state["step"]), state["exp_avg_sq"]
-        wide = second.to(torch.promote_types(second.dtype, torch.float32))
-        root = (wide / (1 - beta2**t)).sqrt() + groups[name]["eps"]
-        # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
-        diagonal.append((1 - beta1**t) * root * (lr / rates[name]))
+    # A layer with a smaller rate takes smaller steps: the same as a larger preconditioner.
+    diagonal = [
+        (lr / rates[name])
+        * adam_diagonal(state["exp_avg_sq"], float(state["step"]), (beta1, beta2), groups[name]["eps"])
+        for name, state in states.items()
+    ]
     decays = {name: float(g["weight_decay"]) for name, g in groups.items()}
     if first.get("decoupled_weight_decay", False):
         # Where layers decay differently the largest decay gives the lowest threshold; all are near 38 / lr.
