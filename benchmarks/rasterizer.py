@@ -17,8 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from evolute.models.splatting import Camera, Gaussians, project, render, tile_lists
+from evolute.models.splatting import Camera, Gaussians, render
+from evolute.models.splatting.kernels import half_sizes
+from evolute.models.splatting.projection_numba import project
 from evolute.models.splatting.raster_numba import blend
+from evolute.models.splatting.tiles_numba import tile_lists
 
 CASES = ((5_000, 128), (20_000, 256))
 ROUNDS = {"numba": 10, "torch": 2}
@@ -81,12 +84,11 @@ def parts(gaussians: Gaussians, camera: Camera, upstream: torch.Tensor) -> dict[
 
 def work_floor(gaussians: Gaussians, camera: Camera) -> tuple[int, float]:
     """Return (tile, Gaussian) pairs, and milliseconds that the arithmetic of the boxes alone would take."""
-    from evolute.models.splatting.raster_numba import _reach
-
     p = project(gaussians, camera)
     ids, _ = tile_lists(p.means2d, p.radii, p.depths, camera.width, camera.height)
-    shown = (p.radii > 0).all(-1)
-    reach = _reach(p.conics, gaussians.opacities)[shown].clamp_min(0)
+    reach = torch.empty_like(p.means2d)
+    half_sizes(p.conics.numpy(), gaussians.opacities.numpy(), reach.numpy())
+    reach = reach[(p.radii > 0).all(-1)].clamp_min(0)
     pixels = float((2 * reach).prod(-1).sum())
     return len(ids), 1e3 * pixels * sum(FLOPS) / SUSTAINED
 

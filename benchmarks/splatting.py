@@ -3,7 +3,10 @@
 Arms, all at 4,000 Gaussians, 400 steps and without densification, so that only what is named differs: ``gtlr``
 (allocation by shape and texture, depth loss with simulated LiDAR, sparse and noisy), ``uniform`` (the same with a
 uniform draw), ``shape`` and ``texture`` (one of the two terms alone: the control that says which does the work),
-``no_depth`` (``gtlr`` without the depth loss), ``full_depth`` (its weight at the paper's 1). Each arm takes the factor
+``no_depth`` (``gtlr`` without the depth loss), ``full_depth`` (its weight at the paper's 1). Three more change the
+number of Gaussians, scaled down to 400 steps: ``densify`` (``gtlr`` and its splitting under the same cap), ``mcmc``
+(uniform, relocated, up to the same cap) and ``default`` (2,000 uniform, then gsplat's DefaultStrategy, which knows no
+cap: look at how many it ends with). Each arm takes the factor
 on all learning rates that is best for it on the selection seeds and is compared on fresh ones, paired by seed (same
 scan, same order of views).
 
@@ -23,14 +26,17 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
+from evolute.callbacks import GaussianDensify, GaussianRelocate, GsplatStrategy
 from evolute.data.scenes import SceneDataModule
 from evolute.recipes.splatting import GaussianSplat
 
@@ -41,9 +47,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "full_depth": {"depth_weight": 1.0},
     "shape": {"texture_weight": 0.0},
     "texture": {"shape_weight": 0.0},
+    "densify": {},
+    "mcmc": {"allocation": "uniform", "opacity_reg": 0.01, "scale_reg": 0.01},
+    "default": {"allocation": "uniform", "initial": 0.5},
+}
+CADENCE = {"every_n_steps": 25, "start": 50}
+ACTING: dict[str, Callable[[], Callback]] = {
+    "densify": lambda: GaussianDensify(BUDGET, stop=0.6, theta_mode="quantile", **CADENCE),
+    "mcmc": lambda: GaussianRelocate(BUDGET, **CADENCE),
+    "default": lambda: GsplatStrategy(
+        options={"refine_start_iter": 50, "refine_stop_iter": 240, "refine_every": 25, "reset_every": 10**6}
+    ),
 }
 RATES = {"means": 7e-4, "scales": 1e-2, "quats": 2e-3, "opacities": 5e-2, "sh0": 7e-2, "shN": 2e-3}
-GRID = (0.5, 1.0, 2.0)
+GRID = (0.5, 1.0, 2.0, 4.0)
 SELECTION, FRESH = (100, 101), (0, 1, 2, 3, 4)
 STEPS, BUDGET = 400, 4000
 RESULTS = Path(__file__).parent / "results" / "splatting"
@@ -67,12 +84,27 @@ def run(arm: str, factor: float, seed: int) -> dict[str, Any]:
     }
     module, data = GaussianSplat(**options), SceneDataModule(seed=seed, folder=f"{tempfile.gettempdir()}/evolute-bench")
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", enable_checkpointing=False, limit_val_batches=0, **quiet)
+    callbacks = [ACTING[arm]()] if arm in ACTING else []
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        callbacks=callbacks,
+        **quiet,
+    )
     begin = time.process_time()
     trainer.fit(module, data)
     spent = time.process_time() - begin
     scores = L.Trainer(accelerator="cpu", **quiet).validate(module, data, verbose=False)[0]
-    found = {"arm": arm, "factor": factor, "seed": seed, "cpu_s": spent, **{k[4:]: v for k, v in scores.items()}}
+    found = {
+        "arm": arm,
+        "factor": factor,
+        "seed": seed,
+        "cpu_s": spent,
+        "gaussians": len(module.scene),
+        **{k[4:]: v for k, v in scores.items()},
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found))
@@ -113,7 +145,7 @@ def main() -> int:
             for arm in options.arms:
                 run(arm, options.factor, seed)
     found: dict[str, list[dict[str, Any]]] = {}
-    table = Table("arm", "factor", "PSNR", "SSIM", "depth MAE, m", "CPU s")
+    table = Table("arm", "factor", "PSNR", "SSIM", "depth MAE, m", "Gaussians", "CPU s")
     for arm in options.arms:
         factor = best(arm, not options.report) if options.factor is None else options.factor
         rows = None if factor is None else held(arm, factor, FRESH, not options.report)
@@ -121,15 +153,15 @@ def main() -> int:
             continue
         found[arm] = rows
         edge = " (at the edge of the grid)" if factor in (GRID[0], GRID[-1]) else ""
-        means = {k: statistics.mean(r[k] for r in rows) for k in ("psnr", "ssim", "depth_mae", "cpu_s")}
+        means = {k: statistics.mean(r[k] for r in rows) for k in ("psnr", "ssim", "depth_mae", "gaussians", "cpu_s")}
         table.add_row(
             arm, f"{factor:g}{edge}", f"{means['psnr']:.2f}", f"{means['ssim']:.3f}",
-            f"{means['depth_mae']:.4f}", f"{means['cpu_s']:.0f}",
+            f"{means['depth_mae']:.4f}", f"{means['gaussians']:.0f}", f"{means['cpu_s']:.0f}",
         )  # fmt: skip
     console = Console()
     console.print(table)
     good = True
-    for other in found.keys() - {"gtlr"}:
+    for other in (arm for arm in found if arm != "gtlr"):
         if "gtlr" in found:
             text = ", ".join(
                 f"{key} {mean:+.3f} ± {error:.3f}"

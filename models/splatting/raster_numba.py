@@ -1,16 +1,14 @@
 """Blending on the CPU through compiled kernels, with a backward pass."""
 
-import math
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from evolute.models.splatting import kernels
-from evolute.models.splatting.projection import FAINT
+from evolute.models.splatting.compiled import several_threads
 
 
 class Blend(torch.autograd.Function):
@@ -22,12 +20,15 @@ class Blend(torch.autograd.Function):
         ctx: Any, means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, lists: Any, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return image [H, W, C] and alpha [H, W]."""
-        inputs = [t.detach().contiguous() for t in (means2d, conics, opacities, _reach(conics, opacities), colors)]
-        ids, offsets = lists
-        image = torch.empty(*size, colors.shape[1])
-        passed = torch.empty(size)
-        kernels.forward[_parallel()](*(t.numpy() for t in (*inputs, ids, offsets, image, passed)))
-        ctx.save_for_backward(*inputs, ids, offsets, image, passed)
+        means2d, conics, opacities, colors = (t.detach().contiguous() for t in (means2d, conics, opacities, colors))
+        channels = colors.shape[1]
+        colors = torch.nn.functional.pad(colors, (0, -channels % kernels.GROUP))
+        reach = torch.empty_like(means2d)
+        kernels.half_sizes(conics.numpy(), opacities.numpy(), reach.numpy())
+        image, passed = torch.empty(*size, channels), torch.empty(size)
+        inputs = (means2d, conics, opacities, reach, colors, *lists, image, passed)
+        kernels.forward[several_threads()](*(t.numpy() for t in inputs))
+        ctx.save_for_backward(*inputs)
         return image, 1 - passed
 
     @override
@@ -35,13 +36,14 @@ class Blend(torch.autograd.Function):
     @once_differentiable  # second derivatives are refused, not wrong: who wants them takes differences
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of means2d, conics, opacities and colors."""
-        saved = ctx.saved_tensors
-        ids, colors = saved[5], saved[4]
-        rows = torch.zeros(len(ids), 6 + colors.shape[1])
-        arrays = (*saved, grads[0].contiguous(), grads[1].contiguous(), rows)
-        kernels.backward[_parallel()](*(t.numpy() for t in arrays))
-        out = torch.zeros(len(colors), rows.shape[1])
-        kernels.add_rows(ids.numpy(), rows.numpy(), out.numpy())
+        saved, several = ctx.saved_tensors, several_threads()
+        ids, image = saved[5], saved[7]
+        out = torch.zeros(len(saved[0]), 6 + image.shape[2])
+        rows = torch.zeros(len(ids), out.shape[1]) if several else out
+        arrays = [t.contiguous().numpy() for t in (*saved, *grads, rows)]
+        kernels.backward[several](*arrays[:-1], several, arrays[-1])
+        if several:
+            kernels.add_rows(ids.numpy(), arrays[-1], out.numpy())
         return out[:, :2], out[:, 2:5], out[:, 5], out[:, 6:], None, None
 
 
@@ -60,24 +62,3 @@ def blend(
     """
     image, alpha = Blend.apply(means2d, conics, opacities, colors, lists, size)  # pyright: ignore
     return image, alpha
-
-
-def _reach(conics: Tensor, opacities: Tensor) -> Tensor:
-    """Return half sizes [N, 2] of the box around the ellipse of alpha 1/255, negative where alpha never reaches it."""
-    a, b, c = conics.detach().double().unbind(-1)
-    farthest = torch.log(opacities.detach().double() / FAINT)
-    det = (a * c - b * b).clamp_min(1e-20)
-    half = torch.sqrt(2 * farthest.clamp_min(0)[:, None] * torch.stack([c, a], -1) / det[:, None])
-    # A hair more, so that rounding never decides against the test on alpha itself.
-    half = half * (1 + 1e-5) + 1e-3
-    return (
-        torch.where(farthest[:, None] >= 0, half, -1.0).nan_to_num(math.inf, math.inf, math.inf).clamp_max(1e6).float()
-    )
-
-
-def _parallel() -> bool:
-    """Say whether several threads work, and set their number to torch's."""
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)  # pyright: ignore
-    if threads > 1:
-        numba.set_num_threads(threads)
-    return threads > 1

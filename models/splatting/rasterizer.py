@@ -6,9 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from evolute.models.splatting.projection import project
 from evolute.models.splatting.scene import Camera, Gaussians
-from evolute.models.splatting.tiles import TILE, tile_lists
+from evolute.models.splatting.tiles import TILE
 
 Backend = Literal["auto", "gsplat", "numba", "torch"]
 
@@ -71,11 +70,15 @@ def render(gaussians: Gaussians, camera: Camera, backend: Backend = "auto") -> R
         return Rendered(*render_gsplat(gaussians, camera))
     if backend == "numba":
         try:
+            from evolute.models.splatting.projection_numba import project
             from evolute.models.splatting.raster_numba import blend
+            from evolute.models.splatting.tiles_numba import tile_lists
         except ImportError as error:
             raise ImportError("render(backend='numba') needs numba: pip install evolute[splatting]") from error
     else:
+        from evolute.models.splatting.projection import project
         from evolute.models.splatting.raster_torch import blend
+        from evolute.models.splatting.tiles import tile_lists
     seen = project(gaussians, camera)
     # With a camera dimension in front: what gsplat's strategies index.
     means2d = seen.means2d[None]

@@ -11,10 +11,12 @@ from evolute.models.splatting import (
     GaussianScene,
     harmonics,
     project,
+    projection_numba,
     read_ply,
     render,
     rotations,
     tile_lists,
+    tiles_numba,
     write_ply,
 )
 from evolute.models.splatting.raster_torch import blend
@@ -182,12 +184,24 @@ def test_order_changes_no_bit_of_the_image_and_threads_only_the_last_ones():
         assert (g - i).norm() <= 2e-6 * g.norm()
 
 
-def test_projection_lists_and_harmonics_are_gsplats():
-    impl = pytest.importorskip("gsplat.cuda._torch_impl")
-    scene, view = cloud(300, stretch=30, dtype=torch.float32), camera(70, 45)
-    aside = scene.means * torch.tensor([2.0, 2.0, 1.0])  # some beyond the field of view, where the Jacobian is held
-    scene = Gaussians(aside, scene.scales, scene.quats, scene.opacities, scene.colors)
-    ours = project(scene, view)
+def spread(n: int = 300, stretch: float = 30, dtype=torch.float32) -> Gaussians:
+    """A cloud of which some lie beyond the field of view, where the Jacobian is held, and some behind the camera."""
+    scene = cloud(n, stretch=stretch, dtype=dtype)
+    moved = scene.means * torch.tensor([2.0, 2.0, 1.0]).to(dtype)
+    moved[::17, 2] *= -1
+    return Gaussians(moved, scene.scales, scene.quats, scene.opacities, scene.colors)
+
+
+@pytest.mark.parametrize(
+    ("projected", "listed"),
+    [(project, tile_lists), (projection_numba.project, tiles_numba.tile_lists)],
+    ids=["torch", "numba"],
+)
+def test_projection_and_lists_are_gsplats(projected, listed):
+    from gsplat.cuda import _torch_impl as impl
+
+    scene, view = spread(), camera(70, 45)
+    ours = projected(scene, view)
     covariance, _ = impl._quat_scale_to_covar_preci(scene.quats, scene.scales, True, False)
     radii, means2d, depths, conics, _ = impl._fully_fused_projection(
         scene.means, covariance, view.viewmat[None], view.K[None], 70, 45
@@ -201,10 +215,62 @@ def test_projection_lists_and_harmonics_are_gsplats():
     torch.testing.assert_close(ours.depths, depths[0])
     across, down = -(-70 // TILE), -(-45 // TILE)
     _, keys, flat = impl._isect_tiles(ours.means2d[None], ours.radii[None], ours.depths[None], TILE, across, down)
-    ids, offsets = tile_lists(ours.means2d, ours.radii, ours.depths, 70, 45)
+    ids, offsets = listed(ours.means2d, ours.radii, ours.depths, 70, 45)
     assert torch.equal(ids.int(), flat)
     begins = impl._isect_offset_encode(keys, 1, across, down)
     assert torch.equal(offsets[:-1].int(), begins.flatten().int())
+
+
+@pytest.mark.parametrize("stretch", [6, 100])
+def test_the_compiled_projection_and_its_gradients_are_those_of_float64(stretch):
+    turn = torch.nn.functional.normalize(torch.tensor([[0.95, 0.1, -0.2, 0.05]]), dim=-1)
+    viewmat = torch.eye(4)
+    viewmat[:3, :3], viewmat[:3, 3] = rotations(turn)[0], torch.tensor([0.1, -0.2, 0.3])
+    view = Camera(viewmat, camera(70, 45).K, 70, 45)
+    results = []
+    for dtype, projected in ((torch.float64, project), (torch.float32, projection_numba.project)):
+        scene = spread(400, stretch, dtype)
+        leaves = [getattr(scene, name).requires_grad_() for name in FIELDS[:3]]
+        seen = projected(Gaussians(*leaves, scene.opacities, scene.colors), view.to(scene.means))
+        drawn = (seen.radii > 0).all(-1)
+        generator = torch.Generator().manual_seed(1)
+        parts = [seen.means2d, seen.conics, seen.depths[:, None]]
+        weights = [torch.randn(400, p.shape[1], generator=generator).to(p) * drawn[:, None] for p in parts]
+        torch.autograd.backward(parts, weights)
+        results.append((seen.radii, [p.detach()[drawn].double() for p in parts], [x.grad.double() for x in leaves]))
+    (radii, exact, grads), (fast_radii, fast, fast_grads) = results
+    assert torch.equal(radii, fast_radii)
+    assert 50 < (radii > 0).all(-1).sum() < 380
+    for a, b in zip(exact + grads, fast + fast_grads, strict=True):
+        assert (a - b).norm() <= 1e-6 * a.norm()
+        assert a.norm() > 0
+
+
+def test_a_camera_that_is_differentiated_gets_its_gradient_from_the_compiled_backend_too():
+    scene, grads = cloud(100), []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "numba")):
+        viewmat = torch.eye(4, dtype=dtype).requires_grad_()
+        view = Camera(viewmat, camera(30, 30).K, 30, 30)
+        seen = render(Gaussians(*(getattr(scene, name).to(dtype) for name in FIELDS)), view, backend)
+        seen.image.square().sum().backward()
+        grads.append(viewmat.grad.double())
+    assert (grads[0] - grads[1]).norm() <= 1e-4 * grads[0].norm()
+
+
+def test_compiled_lists_keep_the_order_of_equal_depths_and_sort_negative_ones():
+    generator = torch.Generator().manual_seed(0)
+    means2d = torch.rand(400, 2, generator=generator) * 90 - 10
+    radii = torch.randint(0, 40, (400, 2), generator=generator, dtype=torch.int32)
+    depths = torch.randint(-5, 5, (400,), generator=generator).float() * 1e-3
+    expected = tile_lists(means2d, radii, depths, 65, 47)
+    assert all(
+        torch.equal(a, b) for a, b in zip(expected, tiles_numba.tile_lists(means2d, radii, depths, 65, 47), strict=True)
+    )
+
+
+def test_harmonics_are_gsplats():
+    from gsplat.cuda import _torch_impl as impl
+
     directions = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(2)), dim=-1)
     for degree in range(4):
         theirs = impl._eval_sh_bases_fast((degree + 1) ** 2, directions)
@@ -239,7 +305,8 @@ def test_a_scene_survives_its_ply_bit_by_bit(degree, tmp_path):
 
 
 def test_others_read_our_ply(tmp_path):
-    gsply = pytest.importorskip("gsply")
+    import gsply
+
     scene = scene_with_everything()
     data = gsply.plyread(str(write_ply(scene, tmp_path / "scene.ply")))
     for name, theirs in (("means", data.means), ("scales", data.scales), ("quats", data.quats)):
