@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 
+from evolute.callbacks.access import gradient_of
 from evolute.callbacks.gaussian_callback import CONSTANT, GaussianCallback, gaussian_module
 from evolute.callbacks.record import record
 from evolute.geometry import Neighbourhoods, admit, split_threshold, subset_neighbourhoods
@@ -122,28 +123,29 @@ class GaussianDensify(GaussianCallback):
         self._sum, self._seen = torch.zeros_like(like), torch.zeros_like(like)
 
     @override
+    @torch.no_grad()
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add the image-space gradients of a view, of the Gaussians it shows."""
+        info = gaussian_module(pl_module, self.name).render_info
+        gradient = gradient_of(trainer, info["means2d"]) if info else None
+        if gradient is None:
+            return
+        half = gradient.new_tensor([info["width"] / 2, info["height"] / 2])
+        shown = (info["radii"][0] > 0).all(-1)
+        self._sum += torch.where(shown, (gradient[0] * half).norm(dim=-1), 0.0)
+        self._seen += shown
+
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module = gaussian_module(pl_module, self.name)
-        self._collect(module.render_info)
         step = trainer.global_step - 1
         if not self.stepped(trainer, batch_idx) or not self.should_refine(step):
             return
         begin = time.perf_counter()
         values = self._refine(module.scene_extent(), step)
         record(trainer, "densify", {**values, "time_ms": 1e3 * (time.perf_counter() - begin)}, step)
-
-    @torch.no_grad()
-    def _collect(self, info: dict[str, Any]) -> None:
-        """Add the image-space gradients of a view, of the Gaussians it shows."""
-        gradient = info["means2d"].grad if info else None
-        if gradient is None or not bool(gradient.isfinite().all()):
-            return
-        half = gradient.new_tensor([info["width"] / 2, info["height"] / 2])
-        shown = (info["radii"][0] > 0).all(-1)
-        self._sum += torch.where(shown, (gradient[0] * half).norm(dim=-1), 0.0)
-        self._seen += shown
 
     @torch.no_grad()
     def _refine(self, extent: float, step: int) -> dict[str, Tensor | float]:

@@ -1,5 +1,6 @@
 """Any densification strategy of gsplat, under automatic optimisation with one optimizer."""
 
+import inspect
 import time
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class GsplatStrategy(GaussianCallback):
     Args:
         strategy: name of a class in ``gsplat.strategy``.
         options: its arguments.
+        dry_run: let it act on copies, record the number of Gaussians that it would leave, and change nothing.
 
     Raises:
         MisconfigurationException: if gsplat is missing, has no such strategy or does not take the options; at the start
@@ -34,7 +36,9 @@ class GsplatStrategy(GaussianCallback):
 
     name: ClassVar[str] = "GsplatStrategy"
 
-    def __init__(self, strategy: str = "DefaultStrategy", options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, strategy: str = "DefaultStrategy", options: dict[str, Any] | None = None, dry_run: bool = False
+    ) -> None:
         try:
             from gsplat import strategy as known
         except ImportError as error:
@@ -48,6 +52,7 @@ class GsplatStrategy(GaussianCallback):
             self._strategy: Any = made(**(options or {}))
         except TypeError as error:
             raise MisconfigurationException(f"GsplatStrategy(options={options}): {error}") from error
+        self.dry_run = dry_run
         self._state: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
 
@@ -58,24 +63,27 @@ class GsplatStrategy(GaussianCallback):
             raise MisconfigurationException(
                 "GsplatStrategy(strategy='MCMCStrategy') needs CUDA; GaussianRelocate does the same on any device"
             )
-        extent = gaussian_module(pl_module, self.name).scene_extent()
-        takes_scale = "scene_scale" in self._strategy.initialize_state.__code__.co_varnames
-        self._state = self._strategy.initialize_state(**({"scene_scale": extent} if takes_scale else {}))
+        self._state = self._fresh_state(pl_module)
         if self._loaded is not None:
             self._state.update(self._loaded)
             self._loaded = None
-        params, views = self._seen()
-        self._strategy.check_sanity(params, views)
+        self._strategy.check_sanity(*self._seen())
 
-    def _seen(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        params: dict[str, Any] = dict(self._rows.params)
-        return params, {name: GroupView(self._rows, name) for name in params}
+    def _fresh_state(self, pl_module: L.LightningModule) -> dict[str, Any]:
+        make = self._strategy.initialize_state
+        extent = gaussian_module(pl_module, self.name).scene_extent()
+        return make(**({"scene_scale": extent} if "scene_scale" in inspect.signature(make).parameters else {}))
+
+    def _seen(self) -> tuple[dict[str, Any], dict[str, GroupView]]:
+        views = {name: GroupView(self._rows, name, copied=self.dry_run) for name in self._rows.params}
+        return {name: view.parameter for name, view in views.items()}, views
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        params, views = self._seen()
         info = gaussian_module(pl_module, self.name).render_info
         if info and hasattr(self._strategy, "step_pre_backward"):
+            params: dict[str, Any] = dict(self._rows.params)
+            views = {name: GroupView(self._rows, name) for name in params}
             self._strategy.step_pre_backward(params, views, self._state, trainer.global_step, info)
 
     @override
@@ -86,17 +94,27 @@ class GsplatStrategy(GaussianCallback):
         if not info or not self.stepped(trainer, batch_idx):
             return
         step, begin, before = trainer.global_step - 1, time.perf_counter(), len(self._rows)
-        params, views = self._seen()
-        if type(self._strategy).__name__ == "MCMCStrategy":
-            rate = self._rows.rate("means")
-            self._strategy.step_post_backward(params, views, self._state, step, info, lr=rate)
+        devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self.dry_run):
+            views = self._act(step, info)
+        after = len(next(iter(views.values())).parameter)
+        if self.dry_run:
+            if after != before:  # what it counts by row does not fit the rows that stay
+                self._state = self._fresh_state(pl_module)
         else:
-            self._strategy.step_post_backward(params, views, self._state, step, info, packed=False)
-        for view in views.values():
-            view.commit()
-        if len(self._rows) != before:
+            for view in views.values():
+                view.commit()
+        if after != before:
             spent = 1e3 * (time.perf_counter() - begin)
-            record(trainer, "gsplat", {"gaussians": float(len(self._rows)), "time_ms": spent}, step)
+            record(trainer, "gsplat", {"gaussians": float(after), "time_ms": spent}, step)
+
+    def _act(self, step: int, info: dict[str, Any]) -> dict[str, GroupView]:
+        """Let the strategy do what it does after a step; return what it left."""
+        params, views = self._seen()
+        mcmc = type(self._strategy).__name__ == "MCMCStrategy"
+        options: dict[str, Any] = {"lr": self._rows.rate("means")} if mcmc else {"packed": False}
+        self._strategy.step_post_backward(params, views, self._state, step, info, **options)
+        return views
 
     @override
     def state_dict(self) -> dict[str, Any]:

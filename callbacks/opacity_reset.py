@@ -1,6 +1,7 @@
 """Opacities lowered now and then, so that Gaussians that nobody needs stay faint and are pruned."""
 
 import math
+import time
 from typing import Any, ClassVar
 
 import lightning as L
@@ -15,7 +16,7 @@ from evolute.callbacks.record import record
 class OpacityReset(GaussianCallback):
     """Clamp every opacity to ``ceiling`` each ``every_n_steps`` and forget its moments (Kerbl et al. 2023, 5.2).
 
-    Records ``opacity/reset``, the share of Gaussians that were above, at every reset.
+    Records ``opacity/reset``, the share of Gaussians that were above, and ``opacity/time_ms`` at every reset.
 
     Args:
         every_n_steps: optimizer steps between two resets.
@@ -51,9 +52,11 @@ class OpacityReset(GaussianCallback):
         step, total = trainer.global_step - 1, float(trainer.estimated_stepping_batches)
         if not self.stepped(trainer, batch_idx) or not self.should_reset(step, total):
             return
+        begin = time.perf_counter()
         logits = self._rows.params["opacities"].data
         limit = math.log(self.ceiling / (1 - self.ceiling))
-        record(trainer, "opacity", {"reset": (logits > limit).float().mean()}, step)
+        above = (logits > limit).float().mean()
         if not self.dry_run:
             everyone = torch.arange(len(logits), device=logits.device)
             self._rows.write(everyone, {"opacities": logits.clamp_max(limit)})
+        record(trainer, "opacity", {"reset": above, "time_ms": 1e3 * (time.perf_counter() - begin)}, step)

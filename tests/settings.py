@@ -366,9 +366,9 @@ def _reset(**kwargs: Any) -> Callback:
     return OpacityReset(**{"every_n_steps": 6, "ceiling": 0.05, "stop": 1.0, **kwargs})
 
 
-def _gsplat(**options: Any) -> Callback:
+def _gsplat(dry_run: bool = False, **options: Any) -> Callback:
     small = {"refine_start_iter": 2, "refine_every": 4, "grow_grad2d": 1e-5, "reset_every": 8}
-    return GsplatStrategy(options={**small, **options})
+    return GsplatStrategy(options={**small, **options}, dry_run=dry_run)
 
 
 # Interventions on a set of Gaussians need a module that trains one: tests/callbacks/test_gaussians.py asks them the
@@ -398,7 +398,6 @@ GAUSSIANS: dict[str, Setting] = {
         neutral={"every_n_steps": 10_000},
         bad=({"ceiling": 0.0}, {"every_n_steps": 0}),
     ),
-    # A strategy of a library: it can be kept from acting, it cannot be asked what it would do.
     "GsplatStrategy": Setting(
         _gsplat,
         "gsplat",

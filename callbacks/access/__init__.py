@@ -36,7 +36,7 @@ from evolute.callbacks.access.ranks import (
     mean_over_ranks,
     over_ranks,
 )
-from evolute.callbacks.access.rows import GroupView, Rows, listen
+from evolute.callbacks.access.rows import GroupView, Rows, gradient_of, listen
 from evolute.callbacks.access.shares import joined, shared_out
 from evolute.callbacks.access.steps import Action, OptimizerStep, Stage, attach, detach, recover, stepping, underway
 from evolute.callbacks.access.tokens import TokenCall, TokenDoor, attach_mask, detach_mask
@@ -72,6 +72,7 @@ __all__ = [
     "detach_mask",
     "gather_rows",
     "gather_values",
+    "gradient_of",
     "joined",
     "listen",
     "mean_over_ranks",

@@ -19,6 +19,18 @@ def listen(trainer: L.Trainer, forget: Callable[[], None]) -> None:
     _listeners.setdefault(trainer, []).append(forget)
 
 
+def gradient_of(trainer: L.Trainer, value: Tensor) -> Tensor | None:
+    """Return the gradient of an intermediate result that the module retains, in ``on_after_backward``, unscaled.
+
+    None if none has reached it, or one that is not finite throughout.
+    """
+    gradient = value.grad
+    if gradient is None or not bool(gradient.isfinite().all()):
+        return None
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return gradient if scaler is None else gradient / scaler.get_scale()
+
+
 class Rows:
     """Parameters that have a row each for the same things, and the optimizers that step them.
 
@@ -111,20 +123,35 @@ class GroupView:
     """One parameter of an optimizer, as libraries see it that keep one optimizer a parameter.
 
     They replace the parameter and its state here; :meth:`commit` brings what they did back into the parameter itself.
+
+    Args:
+        rows: the parameters and their optimizers.
+        name: which parameter.
+        copied: look at copies instead, which may be changed in place and are never brought back.
     """
 
-    def __init__(self, rows: Rows, name: str) -> None:
-        self._rows = rows
-        self._param, self._real = rows.params[name], rows.optimizer_of(name)
-        own = next(g for g in self._real.param_groups if any(p is self._param for p in g["params"]))
+    def __init__(self, rows: Rows, name: str, copied: bool = False) -> None:
+        self._rows, self._copied = rows, copied
+        real, self._real = rows.params[name], rows.optimizer_of(name)
+        own = next(g for g in self._real.param_groups if any(p is real for p in g["params"]))
+        state = self._real.state.get(real, {})
+        if copied:
+            state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+        self._param = nn.Parameter(real.detach().clone()) if copied else real
         self.param_groups: list[dict[str, Any]] = [{**own, "params": [self._param]}]
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)  # empty before the first step
-        if self._param in self._real.state:
-            self.state[self._param] = dict(self._real.state[self._param])
+        if state:
+            self.state[self._param] = dict(state)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is here now."""
+        return self.param_groups[0]["params"][0]
 
     def commit(self) -> None:
         """Make the real parameter and the real state what they are here."""
-        now = self.param_groups[0]["params"][0]
+        now = self.parameter
+        assert not self._copied
         if now is not self._param:
             self._param.data = now.data
             self._param.grad = None

@@ -105,7 +105,7 @@ def test_state_stays_consistent_and_the_run_changes(name):
 
 
 OFF = [(name, setting.neutral) for name, setting in GAUSSIANS.items()]
-OFF += [(name, {"dry_run": True}) for name in GAUSSIANS if name != "GsplatStrategy"]
+OFF += [(name, {"dry_run": True}) for name in GAUSSIANS]
 
 
 @pytest.mark.parametrize(("name", "off"), OFF, ids=str)
