@@ -1,14 +1,14 @@
 """Does CAPO keep a run alive when 1 % of the rewards are off by 30, and is it more than fewer tokens?
 
-.venv/bin/python benchmarks/grpo_glitches.py [--seeds 5] [--steps 60]
+.venv/bin/python benchmarks/grpo_glitches.py [--seeds 2,3,4,5,6] [--steps 150] [--lr 1e-3] [--arms none,capo-adam]
 
 The default task of ``llm/grpo`` (chain_sum, two terms, exact match), from one supervised start, with Adam and
 advantages R - group median, not normalised. Every reward is +30 or -30 with probability 1/200 each. Arms: nothing, a
-random mask at the rate that CAPO rejected with the same seed, gradient clipping at 1, advantages clamped to [-1, 1],
-CAPO with its Adam and its SGD model; and CAPO-Adam and nothing without glitches. The thresholds of each model are
-measured once, on a seed of their own, without glitches and at the full learning rate: 1.5 times the median over the
-steps of the 99th percentile. One JSON a run under benchmarks/results/grpo_glitches/; a run that is there is not made
-again.
+random mask that rejects at every step the share that CAPO-Adam did with the same seed, gradient clipping at 1,
+advantages clamped to [-1, 1], CAPO with its Adam and its SGD model; and CAPO-Adam and nothing without glitches. The
+thresholds of each model are measured once a learning rate, on a seed of their own, without glitches and at the full
+rate: ``--multiple`` times the median over the steps of the 99th percentile. One JSON a run under
+benchmarks/results/grpo_glitches/; a run that is there is not made again.
 """
 
 import argparse
@@ -16,21 +16,24 @@ import json
 import random
 import statistics
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from evolute.callbacks import CAPO, MetricsCSV, RandomTokenMask
+from evolute.callbacks.access import TokenCall
 from evolute.data import PromptDataModule
 from evolute.recipes.llm import GRPO
 from evolute.recipes.llm.cold_start import ColdStart
 from evolute.recipes.llm.rewards import exact_match
 
 RESULTS = Path(__file__).parent / "results" / "grpo_glitches"
-RATE, SIZE, LR = 0.01, 30.0, 1e-3
+RATE, SIZE = 0.01, 30.0
 TASK = {"size": 8000, "seed": 0, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
@@ -65,15 +68,39 @@ class Clamp(Callback):
         loss.register_forward_pre_hook(clamp, with_kwargs=True)
 
 
+class RecordedRates(RandomTokenMask):
+    """Rejects at random, at each step the share that another run rejected there."""
+
+    def __init__(self, rates: list[float], seed: int) -> None:
+        super().__init__(0.0, seed)
+        self.rates = rates
+
+    def wanted(self, call: TokenCall, rows: Tensor) -> Tensor:
+        self.rate = self.rates[self._steps_seen]
+        return super().wanted(call, rows)
+
+
+class Plan(NamedTuple):
+    """What all runs of a table have in common."""
+
+    steps: int
+    lr: float
+    multiple: float
+    """Of the clean quantile, for thresholds."""
+
+    def __str__(self) -> str:
+        return f"{self.steps}-{self.lr:g}"
+
+
 def train(
-    seed: int, steps: int, glitches: bool, callbacks: list[Callback], clip: float | None = None
+    seed: int, plan: Plan, glitches: bool, callbacks: list[Callback], clip: float | None = None
 ) -> dict[str, Any]:
     """Make one run; return the accuracies after it, and the metrics of every step."""
     L.seed_everything(0, verbose=False)  # the weights that the supervised start begins from are the same for all
     reward: Any = Glitches(seed, RATE if glitches else 0.0)
     module = GRPO(
         rewards=[reward], baseline="median", scale_rewards="none", group_size=16, max_completion=5,
-        cold_start=ColdStart(), val_samples=4, log_completions=0, config=LLAMA, optimizer="adamw", lr=LR,
+        cold_start=ColdStart(), val_samples=4, log_completions=0, config=LLAMA, optimizer="adamw", lr=plan.lr,
         warmup=0, schedule="constant", samples=0,
     )  # fmt: skip
     data = PromptDataModule(
@@ -83,7 +110,7 @@ def train(
     data.seed = seed  # of order and draws; the split, and so the supervised start, stay
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=MetricsCSV(Path(folder)),
+            accelerator="cpu", devices=1, max_steps=plan.steps, max_epochs=-1, logger=MetricsCSV(Path(folder)),
             callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             limit_val_batches=0, log_every_n_steps=1, gradient_clip_val=clip, default_root_dir=folder,
         )  # fmt: skip
@@ -108,63 +135,76 @@ def kept(name: str, make: Any) -> dict[str, Any]:
         found = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found))
-        print(name, {k: v for k, v in found.items() if k != "rows"}, flush=True)
+        print(name, {k: v for k, v in found.items() if k != "rates"}, flush=True)
     return json.loads(path.read_text())
 
 
-def thresholds(kind: Any, steps: int) -> dict[str, float]:
+def thresholds(kind: Any, plan: Plan) -> dict[str, float]:
     def measure() -> dict[str, Any]:
-        run = train(CALIBRATION_SEED, steps, False, [CAPO(optimizer_model=kind, dry_run=True)])
-        return {f"delta_{letter}": 1.5 * statistics.median(column(run, f"capo/m_{letter}/p99")[2:]) for letter in "fh"}
+        run = train(CALIBRATION_SEED, plan, False, [CAPO(optimizer_model=kind, dry_run=True)])
+        return {letter: statistics.median(column(run, f"capo/m_{letter}/p99")[2:]) for letter in "fh"}
 
-    return kept(f"thresholds-{kind}-{steps}", measure)
+    clean = kept(f"quantiles-{kind}-{plan}", measure)
+    return {f"delta_{letter}": plan.multiple * value for letter, value in clean.items()}
 
 
-def arm(name: str, seed: int, steps: int) -> dict[str, Any]:
+def arm(name: str, seed: int, plan: Plan) -> dict[str, Any]:
     """Make, or read, one run."""
 
     def make() -> dict[str, Any]:
         glitches, callbacks, clip = not name.startswith("clean"), list[Callback](), None
         if "capo" in name:
             kind: Any = "sgd" if name.endswith("sgd") else "adam"
-            callbacks = [CAPO(optimizer_model=kind, **thresholds(kind, steps))]
+            callbacks = [CAPO(optimizer_model=kind, **thresholds(kind, plan))]
         elif name == "random":
-            callbacks = [RandomTokenMask(arm("capo-adam", seed, steps)["rejected"], seed)]
+            callbacks = [RecordedRates(arm("capo-adam", seed, plan)["rates"], seed)]
         elif name == "clamp":
             callbacks = [Clamp()]
         elif name == "clip":
             clip = 1.0
-        run = train(seed, steps, glitches, callbacks, clip)
-        rejected = column(run, "capo/reject_frac") or column(run, "random_mask/reject_frac")
-        return {**run["final"], "rejected": statistics.fmean(rejected) if rejected else 0.0}
+        start = time.process_time()
+        run = train(seed, plan, glitches, callbacks, clip)
+        rates = column(run, "capo/reject_frac") or column(run, "random_mask/reject_frac")
+        rejected = statistics.fmean(rates) if rates else 0.0
+        return {**run["final"], "rejected": rejected, "rates": rates, "seconds": time.process_time() - start}
 
-    return kept(f"{name}-{seed}-{steps}", make)
+    gated = "capo" in name or name == "random"
+    return kept(f"{name}-{seed}-{plan}" + (f"-{plan.multiple:g}" if gated else ""), make)
 
 
 ARMS = ("none", "capo-adam", "random", "clip", "clamp", "capo-sgd", "clean-none", "clean-capo-adam")
 
 
+def show(table: dict[str, list[dict[str, Any]]]) -> None:
+    """Print an arm a line, with the paired difference to the first and its standard error."""
+    first = next(iter(table))
+    for name, runs in table.items():
+        sampled, greedy, rejected = ([r[key] for r in runs] for key in ("val/pass@1", "val/greedy", "rejected"))
+        gap = [r["val/pass@1"] - n["val/pass@1"] for r, n in zip(runs, table[first], strict=True)]
+        error = statistics.stdev(gap) / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
+        print(
+            f"  {name:16} sampled {statistics.fmean(sampled):.3f} greedy {statistics.fmean(greedy):.3f} "
+            f"over {first} {statistics.fmean(gap):+.3f} ({error:.3f}) rejected {statistics.fmean(rejected):.1%}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seeds", default="2,3,4,5,6")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--multiple", type=float, default=2.0)
+    parser.add_argument("--arms", default=",".join(ARMS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    for seed in range(1, options.seeds + 1):
-        for name in ARMS:
-            table[name].append(arm(name, seed, options.steps))
-        print(f"after {seed} seed(s):")
+    plan = Plan(options.steps, options.lr, options.multiple)
+    table: dict[str, list[dict[str, Any]]] = {name: [] for name in options.arms.split(",")}
+    for seed in map(int, options.seeds.split(",")):
         for name, runs in table.items():
-            sampled, greedy, rejected = ([r[key] for r in runs] for key in ("val/pass@1", "val/greedy", "rejected"))
-            gap = [r["val/pass@1"] - n["val/pass@1"] for r, n in zip(runs, table["none"], strict=True)]
-            error = statistics.stdev(gap) / len(gap) ** 0.5 if len(gap) > 1 else float("nan")
-            share = 100 * statistics.fmean(rejected)
-            print(
-                f"  {name:16} sampled {statistics.fmean(sampled):.3f} greedy {statistics.fmean(greedy):.3f} "
-                f"over none {statistics.fmean(gap):+.3f} ({error:.3f}) rejected {share:.1f} %",
-                flush=True,
-            )
+            runs.append(arm(name, seed, plan))
+        print(f"{plan.steps} steps at {plan.lr:g}, {plan.multiple:g} times the clean quantile, after seed {seed}:")
+        show(table)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 .venv/bin/python benchmarks/grpo_rollouts.py [--rounds 9]
 
-The model and the rollout of ``llm/grpo`` (16 prompts of chain_sum, 16 completions each, at most 5 tokens), and longer
-ones, one thread, process CPU time, interleaved, the median of the rounds. Greedy outputs must be equal. With sampling
-both draw at temperature 1 and to the same lengths: the end token is one that never comes.
+The model of ``llm/grpo`` after its supervised start and its rollout (16 prompts of chain_sum, 16 completions each, 5
+tokens), and longer ones, one thread, process CPU time, interleaved, the median of the rounds. Greedy outputs must be
+equal. With sampling both draw at temperature 1 and to the same lengths: the end token is one that never comes.
 """
 
 import argparse
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from evolute.data import PromptDataModule
+from evolute.recipes.llm.cold_start import ColdStart, cold_start
 from evolute.recipes.llm.network import build
 from evolute.recipes.llm.rollouts import draw_uniforms, sample_completions
 
 BAR = 3.0
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 128, "tie_word_embeddings": True,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "tie_word_embeddings": True,
 }  # fmt: skip
-TASK = {"size": 400, "seed": 0, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TASK = {"size": 8000, "seed": 0, "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
 
 
 @torch.no_grad()
@@ -52,14 +53,15 @@ def main() -> int:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    data = PromptDataModule("reasoning-gym/chain_sum", TASK, "chars:0123456789+-= ", "{metadata[expression]}=", 16, 16)
+    data = PromptDataModule(
+        "reasoning-gym/chain_sum", TASK, "chars:0123456789+-= ", "{metadata[expression]}=", 16, 16, 256
+    )
     data.setup()
     model = build(LLAMA, None, data.tokenizer, "sdpa").eval()
     never = 63
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(4)  # as far from uniform as a trained model
+    cold_start(model, data.train_examples, data.tokenizer, ColdStart())
     worst, equal = float("inf"), True
-    for group, tokens in ((16, 5), (16, 16), (16, 64), (2, 64)):
+    for group, tokens in ((16, 5), (16, 16), (16, 48), (2, 48)):
         prompts = data._batch(data.train_examples, list(range(16)))["ids"]
         ours = sample_completions(model, prompts, group, tokens, 1.0, None, data.tokenizer.eos_id)
         theirs = generate(model, prompts, group, tokens, False, data.tokenizer.eos_id)

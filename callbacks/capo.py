@@ -54,7 +54,7 @@ class CAPO(TokenMask):
     the vocabulary that was ever a candidate) it holds nothing. They rank tokens by danger: a token counts with weight
     1, not with its share of the batch, and everything below the head is taken as fixed.
 
-    The module must call a loss over tokens (:class:`evolute.models.policy_loss.PolicyLoss`) with ``hidden``, the
+    The module must call a loss over tokens (``PolicyLoss`` among the models is one) with ``hidden``, the
     inputs of the head. Give it ``logits`` too if they exist: otherwise the head runs once more. With LoRA on the head,
     or a frozen or tied one, the model is a proxy; the callback says so once.
 

@@ -24,7 +24,7 @@ class ProbeLoss(Protocol):
 class TokenLoss(Protocol):
     """A module that reduces a policy-gradient loss over tokens, all it needs being keyword arguments of one call.
 
-    ``evolute.models.policy_loss.PolicyLoss`` is one. A mask callback takes tokens out of ``mask`` before the call; the
+    ``PolicyLoss`` among the models is one. A mask callback takes tokens out of ``mask`` before the call; the
     tensors are those of the positions that predict the actions. ``temperature`` divides the logits.
     """
 

@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from evolute.data.examples import Example, fingerprint, read_rows, split_examples, to_example
+from evolute.data.examples import Example, ExampleDataModule, fingerprint, split_examples
 from evolute.data.packing import IGNORE_INDEX
-from evolute.data.resumable import ResumableDataModule
-from evolute.data.tokenizers import Tokenizer, load_tokenizer
+from evolute.data.tokenizers import Tokenizer
 
 
 def encode_pair(example: Example, tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
@@ -99,7 +98,7 @@ def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
     return bins
 
 
-class CompletionDataModule(ResumableDataModule):
+class CompletionDataModule(ExampleDataModule):
     """Prompts with the completions to learn, in rows of ``context + 1`` tokens.
 
     A batch is ``{"input_ids", "labels", "position_ids"}``, int64 ``[batch_size, context + 1]``, not shifted; labels
@@ -135,7 +134,7 @@ class CompletionDataModule(ResumableDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(source, source_args, tokenizer, prompt_template, val_fraction, seed)
         for name, value, least in (
             ("context", context, 1),
             ("batch_size", batch_size, 1),
@@ -143,37 +142,17 @@ class CompletionDataModule(ResumableDataModule):
         ):
             if value < least:
                 raise ValueError(f"CompletionDataModule({name}={value}): must be at least {least}")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"CompletionDataModule(val_fraction={val_fraction}): must lie between 0 and 1")
         self.save_hyperparameters()
-        self.source, self.source_args = source, source_args
-        self.tokenizer_name = tokenizer
-        self.prompt_template = prompt_template
         self.context = context
         self.batch_size = batch_size
         self.packing = packing
-        self.val_fraction = val_fraction
-        self.seed = seed
         self.num_workers = num_workers
-        self.fingerprint = ""
-        self._tokenizer: Tokenizer | None = None
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if self._windows is not None:
             return
-        rows = read_rows(self.source, self.source_args)
-        examples = [
-            to_example(row, self.tokenizer, self.prompt_template, f"source={self.source!r}, row {i}")
-            for i, row in enumerate(rows)
-        ]
+        examples = self._examples()
         self.fingerprint = fingerprint(examples)
         train, val = split_examples(examples, self.val_fraction, self.seed)
         length = self.context + 1

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from abc import ABC
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evolute.data.resumable import TokenizedDataModule
 from evolute.data.tokenizers import HFTokenizer, Tokenizer, one_line
 
 GYM = "reasoning-gym/"
@@ -128,6 +130,37 @@ def fingerprint(examples: Sequence[Example]) -> str:
             data = text.encode("utf-8", "surrogatepass")
             digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
+
+
+class ExampleDataModule(TokenizedDataModule, ABC):
+    """What data modules of problems share: where they come from, and which of them are held out."""
+
+    def __init__(
+        self,
+        source: str,
+        source_args: dict[str, Any] | None,
+        tokenizer: str,
+        prompt_template: str | None,
+        val_fraction: float,
+        seed: int,
+    ) -> None:
+        super().__init__(tokenizer)
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"{type(self).__name__}(val_fraction={val_fraction}): must lie between 0 and 1")
+        self.source, self.source_args = source, source_args
+        self.prompt_template = prompt_template
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.fingerprint = ""
+
+    def _examples(self) -> list[Example]:
+        """Read the source."""
+        rows = read_rows(self.source, self.source_args)
+        places = (f"source={self.source!r}, row {i}" for i in range(len(rows)))
+        return [
+            to_example(row, self.tokenizer, self.prompt_template, place)
+            for row, place in zip(rows, places, strict=True)
+        ]
 
 
 def _gym(task: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:

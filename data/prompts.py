@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from evolute.data.examples import Example, fingerprint, read_rows, split_examples, to_example
-from evolute.data.resumable import ResumableDataModule
+from evolute.data.examples import Example, ExampleDataModule, fingerprint, split_examples
 from evolute.data.samplers import ResumableSampler
-from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 Item = dict[str, Tensor]
 Collect = Callable[[dict[str, Any], int], list[Item]]
@@ -79,7 +77,7 @@ class RolloutLoader:
         """Accept that nothing."""
 
 
-class PromptDataModule(ResumableDataModule):
+class PromptDataModule(ExampleDataModule):
     """Problems to be answered by the model itself.
 
     Training batches are what the trained module's ``collect`` makes of ``batch_size`` prompts. A validation batch is
@@ -117,7 +115,7 @@ class PromptDataModule(ResumableDataModule):
         long_prompts: str = "raise",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(source, source_args, tokenizer, prompt_template, val_fraction, seed)
         for name, value in (
             ("context", context),
             ("batch_size", batch_size),
@@ -126,43 +124,23 @@ class PromptDataModule(ResumableDataModule):
         ):
             if value < 1:
                 raise ValueError(f"PromptDataModule({name}={value}): must be at least 1")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"PromptDataModule(val_fraction={val_fraction}): must lie between 0 and 1")
         if long_prompts not in ("raise", "drop"):
             raise ValueError(f"PromptDataModule(long_prompts={long_prompts!r}): 'raise' or 'drop'")
         self.save_hyperparameters()
-        self.source, self.source_args = source, source_args
-        self.tokenizer_name = tokenizer
-        self.prompt_template = prompt_template
         self.context = context
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
-        self.val_fraction = val_fraction
         self.max_val = max_val
         self.long_prompts = long_prompts
-        self.seed = seed
-        self.fingerprint = ""
         self.train_examples: list[Example] = []
         self.val_examples: list[Example] = []
-        self._tokenizer: Tokenizer | None = None
         self._held: dict[str, Any] = {}
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
 
     @override
     def setup(self, stage: str | None = None) -> None:
         if self.train_examples:
             return
-        rows = read_rows(self.source, self.source_args)
-        examples = [
-            to_example(row, self.tokenizer, self.prompt_template, f"source={self.source!r}, row {i}")
-            for i, row in enumerate(rows)
-        ]
+        examples = self._examples()
         lengths = [len(self.tokenizer.encode(e.prompt)) for e in examples]
         for number, (example, length) in enumerate(zip(examples, lengths, strict=True)):
             if length == 0 or (length > self.context and self.long_prompts == "raise"):

@@ -11,6 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from evolute.data.samplers import ResumableLoader, ResumableSampler
+from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 
 class ResumableDataModule(L.LightningDataModule, ABC):
@@ -110,6 +111,22 @@ class ResumableDataModule(L.LightningDataModule, ABC):
             "generator": Generator().manual_seed(self.seed),
             "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         }
+
+
+class TokenizedDataModule(ResumableDataModule, ABC):
+    """A data module of text, with the tokenizer of that name."""
+
+    def __init__(self, tokenizer: str) -> None:
+        super().__init__()
+        self.tokenizer_name = tokenizer
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_name)
+        return self._tokenizer
 
 
 def _progress(trainer: L.Trainer) -> Any:

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from evolute.data.packing import PackedWindows, bigram_floor, split_documents, utf8
-from evolute.data.resumable import ResumableDataModule
+from evolute.data.resumable import TokenizedDataModule
 from evolute.data.sources import documents
-from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 
-class TextDataModule(ResumableDataModule):
+class TextDataModule(TokenizedDataModule):
     """Windows of ``context + 1`` tokens from any text, split by document.
 
     A batch is ``{"input_ids", "labels"}``, both int64 ``[batch_size, context + 1]``, not shifted. The order of
@@ -67,7 +66,7 @@ class TextDataModule(ResumableDataModule):
         split: str = "train",
         sha256: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer)
         if not source:
             raise ValueError(f"TextDataModule(source={source!r}): must name a corpus")
         for name, value, least in (
@@ -82,7 +81,6 @@ class TextDataModule(ResumableDataModule):
             raise ValueError(f"TextDataModule(val_fraction={val_fraction}): must lie between 0 and 1")
         self.save_hyperparameters()
         self.source = source
-        self.tokenizer_name = tokenizer
         self.context = context
         self.batch_size = batch_size
         self.val_fraction = val_fraction
@@ -94,14 +92,6 @@ class TextDataModule(ResumableDataModule):
         self.corpus_sha256 = ""
         self.val_texts: list[str] = []
         self.val_bytes_per_token = math.nan
-        self._tokenizer: Tokenizer | None = None
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
 
     @override
     def prepare_data(self) -> None:

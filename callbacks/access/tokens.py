@@ -240,7 +240,7 @@ def attach_mask(trainer: L.Trainer, mask: Mask) -> TokenDoor:
         if not door.found:
             raise MisconfigurationException(
                 f"{type(mask).__name__} takes tokens out of a policy loss, and {type(module).__name__} has none. Add\n"
-                "    self.policy_loss = evolute.models.policy_loss.PolicyLoss()  # in __init__\n"
+                "    self.policy_loss = PolicyLoss()  # in __init__; evolute's models have it\n"
                 "    loss = self.policy_loss(hidden=hidden, head=self.head, actions=actions, advantages=advantages,\n"
                 "                            mask=mask).loss  # in training_step, at the predicting positions"
             )

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import math
 import os
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,27 +11,32 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from evolute.data.completions import PackedPairs, encode_pair
 from evolute.data.examples import Example, fingerprint
 from evolute.data.tokenizers import Tokenizer
 from evolute.recipes.llm.sft import completion_loss
 
+WARMUP = 60
+"""Steps over which the learning rate rises, at the beginning and where the answers change."""
+
 
 @dataclass
 class ColdStart:
     """How a model learns the form of the task before it is rewarded.
 
-    The first steps learn true answers; the last ones learn answers of which a share is another problem's. Such a model
-    knows more than it says: its most probable answer is often right, a sampled one seldom.
+    The first steps learn true answers; in the last ones each token of an answer is, with some probability, a token of
+    some answer instead, drawn anew every time. Such a model knows more than it says: the true token stays the most
+    probable one, so that a greedy answer is often right, a sampled one seldom.
 
     Attributes:
         steps: optimizer steps with true answers.
         corrupt_steps: steps after them with partly false answers.
-        corrupt: share of false answers in those.
+        corrupt: probability that a token of an answer is drawn in those.
         batch_size: problems a step.
-        lr: peak learning rate of AdamW; it falls along half a cosine over all steps.
+        lr: peak learning rate of AdamW, and a third of it in the last steps; each part warms up and falls along half a
+            cosine to a tenth.
         seed: seed of the order and of the false answers.
         cache: folder that keeps the weights by a hash of all that made them; null for
             ``~/.cache/evolute/cold_start``, ``""`` for none.
@@ -40,9 +45,9 @@ class ColdStart:
         ValueError: if a value is out of range.
     """
 
-    steps: int = 2000
+    steps: int = 1300
     corrupt_steps: int = 300
-    corrupt: float = 0.75
+    corrupt: float = 0.35
     batch_size: int = 128
     lr: float = 3e-3
     seed: int = 0
@@ -89,33 +94,45 @@ def cold_start(model: Any, examples: Sequence[Example], tokenizer: Tokenizer, se
 
 
 def _train(model: Any, examples: Sequence[Example], tokenizer: Tokenizer, settings: ColdStart) -> None:
-    total = settings.steps + settings.corrupt_steps
     longest = int(getattr(model.config, "max_position_embeddings", 1 << 30))
-    length = 1 + max(len(tokenizer.encode(e.prompt + (e.completion or ""))) for e in examples)
-    chance = random.Random(settings.seed)
-    false = [
-        e._replace(completion=chance.choice(examples).completion) if chance.random() < settings.corrupt else e
-        for e in examples
-    ]
-    true_rows, false_rows = (
-        PackedPairs(
-            [encode_pair(e, tokenizer, min(length, longest)) for e in half], min(length, longest), packing=False
-        )
-        for half in (examples, false)
-    )
+    length = min(longest, 1 + max(len(tokenizer.encode(e.prompt + (e.completion or ""))) for e in examples))
+    rows = PackedPairs([encode_pair(e, tokenizer, length) for e in examples], length, packing=False)
+    labels = rows[torch.arange(len(rows))]["labels"]
+    pool = labels[(labels >= 0) & (labels != tokenizer.eos_id)]
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, eta_min=0.1 * settings.lr)
     model.train()
-    for step in range(total):
-        chosen = torch.randint(len(examples), (settings.batch_size,), generator=generator)
-        batch = (true_rows if step < settings.steps else false_rows)[chosen]
+    for step in range(settings.steps + settings.corrupt_steps):
+        batch = rows[torch.randint(len(examples), (settings.batch_size,), generator=generator)]
+        if step >= settings.steps:
+            batch = _corrupted(batch, pool, settings.corrupt, tokenizer.eos_id, generator)
+        optimizer.param_groups[0]["lr"] = _rate(step, settings)
         optimizer.zero_grad()
         completion_loss(model, batch)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
     optimizer.zero_grad()
+
+
+def _rate(step: int, settings: ColdStart) -> float:
+    """Return the learning rate of a step. The loss jumps where the answers change, so the rate is warmed up twice."""
+    first = step < settings.steps
+    peak, step, steps = (
+        (settings.lr, step, settings.steps)
+        if first
+        else (settings.lr / 3, step - settings.steps, settings.corrupt_steps)
+    )
+    return peak * min(1.0, (step + 1) / WARMUP) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def _corrupted(
+    batch: dict[str, Tensor], pool: Tensor, chance: float, eos_id: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return a batch in which tokens of answers, their end aside, are with that chance drawn from ``pool``."""
+    labels = batch["labels"]
+    hit = (labels >= 0) & (labels != eos_id) & (torch.rand(labels.shape, generator=generator) < chance)
+    drawn = pool[torch.randint(len(pool), labels.shape, generator=generator)]
+    return {**batch, **{name: torch.where(hit, drawn, batch[name]) for name in ("labels", "input_ids")}}
 
 
 def _cached(model: Any, examples: Sequence[Example], tokenizer: Tokenizer, settings: ColdStart) -> Path | None:

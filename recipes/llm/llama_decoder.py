@@ -10,6 +10,9 @@ from evolute.recipes.llm.finetune import effective_weight
 
 FAMILIES = ("llama", "qwen2")
 ROPES = ("default", "llama3", "linear")
+SHORT, LONG = 32, 256
+"""Tokens in a cache, and in a prompt, from which torch's own kernels pay."""
+LOWEST = -1e30
 
 
 class LlamaDecoder:
@@ -22,7 +25,7 @@ class LlamaDecoder:
         model: a Hugging Face causal LM for which :meth:`serves` holds.
     """
 
-    keeps_rows = False
+    shares = True
 
     @staticmethod
     def serves(model: Any) -> bool:
@@ -48,91 +51,90 @@ class LlamaDecoder:
         self.head = effective_weight(model.lm_head)
         self.layers = [_layer(block) for block in body.layers]
 
-    def read(self, prompts: Tensor, starts: Tensor, tokens: int, group_size: int) -> Tensor:
-        """Read prompts once and return the logits of the first token of every completion, ``[n * group_size, vocab]``.
+    def read(self, prompts: Tensor, starts: Tensor, tokens: int) -> Tensor:
+        """Read prompts and return the logits of the first token after each, ``[n, vocab]``.
 
         Args:
             prompts: ids, padded on the left [n, S].
             starts: where each begins [n].
             tokens: completions grow no longer than this.
-            group_size: completions of each prompt.
         """
         n, width = prompts.shape
-        places = torch.arange(width, device=self.device)
-        valid = places >= starts.unsqueeze(1)
-        causal = places.unsqueeze(1) >= places
-        # Padding sees itself, so that no row of the softmax is empty; nothing sees padding.
-        self.mask = None
-        if bool((starts > 0).any()):
-            self.mask = (causal & valid.unsqueeze(1)) | torch.eye(width, dtype=torch.bool, device=self.device)
-            self.mask = self.mask.unsqueeze(1)
-        longest = torch.arange(width + tokens, device=self.device).unsqueeze(0)
-        self.cos, self.sin = (t[0] for t in self.rotary(self.embedding, longest))
-        shape = (len(self.layers), 2, n, self.kv_heads, width + tokens, self.size)
-        self.cache = self.embedding.new_empty(shape)
-        self.at, self.width = 0, width
-        positions = (places - starts.unsqueeze(1)).clamp(min=0)
-        scores = self._run(prompts, positions)[:, -1]
-        self.starts = starts
-        if group_size > 1:
-            self.keep(torch.arange(n, device=self.device).repeat_interleave(group_size))
-            scores = scores.repeat_interleave(group_size, 0)
-        self.mask = None
-        if bool((starts > 0).any()):
-            self.valid = torch.arange(width + tokens, device=self.device) >= self.starts.unsqueeze(1)
-        else:
-            self.valid = None
-        return scores
+        places = torch.arange(width + tokens, device=self.device)
+        self.cos, self.sin = (t[0] for t in self.rotary(self.embedding, places.unsqueeze(0)))
+        # Added to scores: padding is not seen. Padding itself, which sees nothing, attends evenly to what it may not.
+        self.starts, self.at = starts, 0
+        self.bias = torch.where(places >= starts.unsqueeze(1), 0.0, LOWEST).unsqueeze(1) if starts.any() else None
+        shape = (n, self.kv_heads, width + tokens, self.size)
+        self.cache = [(self.embedding.new_empty(shape), self.embedding.new_empty(shape)) for _ in self.layers]
+        positions = (places[:width] - starts.unsqueeze(1)).clamp(min=0)
+        return self._run(prompts, positions)[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows, in this order."""
-        self.cache = self.cache[:, :, rows]
+        """Go on with these rows, in this order; one may be there several times."""
+        self.cache = [(keys.index_select(0, rows), values.index_select(0, rows)) for keys, values in self.cache]
         self.starts = self.starts[rows]
-        valid: Tensor | None = getattr(self, "valid", None)
-        if valid is not None:
-            self.valid = valid[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append one token to every row and return the next logits, ``[n, vocab]``."""
-        if self.valid is not None:
-            self.mask = self.valid[:, None, None, : self.at + 1]
         return self._run(tokens.unsqueeze(1), (self.at - self.starts).unsqueeze(1))[:, -1]
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         x = F.embedding(ids, self.embedding)
-        cos, sin = (t[positions].unsqueeze(1) for t in (self.cos, self.sin))
+        cos, sin = (t[positions].unsqueeze(2) for t in (self.cos, self.sin))
         end = self.at + ids.shape[1]
         for (qkv, out, gate_up, down, norms), cache in zip(self.layers, self.cache, strict=True):
-            x = x + self._attend(_rms(x, *norms[0]), qkv, out, cos, sin, cache, end)
+            x = x + self._attend(_rms(x, *norms[0]), qkv, out, cos, sin, tuple(part[:, :, :end] for part in cache))
             gate, up = F.linear(_rms(x, *norms[1]), *gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, *down)
+            x = x + F.linear(F.silu(gate).mul_(up), *down)
         self.at = end
         return F.linear(_rms(x[:, -1:], *self.norm), *self.head)
 
-    def _attend(self, x: Tensor, qkv: Any, out: Any, cos: Tensor, sin: Tensor, cache: Tensor, end: int) -> Tensor:
+    def _attend(self, x: Tensor, qkv: Any, out: Any, cos: Tensor, sin: Tensor, cache: Any) -> Tensor:
         n, t = x.shape[:2]
-        heads = F.linear(x, *qkv).view(n, t, self.heads + 2 * self.kv_heads, self.size).transpose(1, 2)
-        turned, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
+        heads = F.linear(x, *qkv).view(n, t, self.heads + 2 * self.kv_heads, self.size)
+        turned, v = heads[:, :, : self.heads + self.kv_heads], heads[:, :, self.heads + self.kv_heads :]
         one, two = turned.chunk(2, -1)
-        turned = turned * cos + torch.cat((-two, one), -1) * sin
-        cache[0][:, :, self.at : end], cache[1][:, :, self.at : end] = turned[:, self.heads :], v
-        if t == 1:
-            return F.linear(self._look(turned[:, : self.heads], cache, end).reshape(n, 1, -1), *out)
-        y = F.scaled_dot_product_attention(
-            turned[:, : self.heads], cache[0][:, :, :end], cache[1][:, :, :end], attn_mask=self.mask,
-            is_causal=self.mask is None, enable_gqa=self.heads != self.kv_heads,
-        )  # fmt: skip
+        turned = (turned * cos).addcmul_(torch.cat((-two, one), -1), sin).transpose(1, 2)
+        cache[0][:, :, self.at :], cache[1][:, :, self.at :] = turned[:, self.heads :], v.transpose(1, 2)
+        y = self._look(turned[:, : self.heads], *cache)
         return F.linear(y.transpose(1, 2).reshape(n, t, -1), *out)
 
-    def _look(self, q: Tensor, cache: Tensor, end: int) -> Tensor:
-        """Attend with one query a row: two small products, where a fused kernel costs more than it saves."""
+    def _look(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend to the cache: small products, where a fused kernel costs more than it saves.
+
+        Args:
+            q: queries [n, heads, t, d].
+            keys: of all tokens so far [n, kv_heads, end, d].
+            values: likewise.
+        """
+        n, _, t, end = *q.shape[:3], keys.shape[2]
+        if t > LONG:
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=self._seen(t, end), is_causal=self.bias is None, enable_gqa=True
+            )
         # Three dimensions: a product of slices of the cache then copies nothing.
-        keys, values = (part.flatten(0, 1)[:, :end] for part in cache)
-        scores = torch.bmm(q.reshape(len(keys), -1, self.size), keys.transpose(1, 2)) * self.size**-0.5
-        if self.mask is not None:
-            seen = self.mask.expand(-1, self.kv_heads, -1, -1).reshape(len(keys), 1, end)
-            scores = scores.masked_fill(~seen, -torch.inf)
-        return torch.bmm(scores.softmax(-1), values)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        scores = torch.bmm(q.reshape(len(keys), -1, self.size), keys.transpose(1, 2)).mul_(self.size**-0.5)
+        if t > 1:
+            scores.view(n, self.heads, t, end).add_(torch.full((t, end), LOWEST, device=self.device).triu_(1))
+        if self.bias is not None:
+            scores.view(n, -1, end).add_(self.bias[..., :end])
+        if end >= SHORT:
+            y = torch.bmm(scores.softmax(-1), values)
+        else:  # torch's softmax and products are slow over so few
+            chances = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+            chances /= chances.sum(-1, keepdim=True)
+            one = chances.shape[1] == 1
+            y = (values * chances.transpose(1, 2)).sum(1, keepdim=True) if one else torch.bmm(chances, values)
+        return y.view(n, self.heads, t, self.size)
+
+    def _seen(self, t: int, end: int) -> Tensor | None:
+        """Return what the fused kernel adds to the scores of a padded batch [n, 1, t, end]; None without padding."""
+        if self.bias is None:
+            return None
+        return self.bias[:, None, :, :end] + torch.full((t, end), LOWEST, device=self.device).triu(1)
 
 
 def _layer(block: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -155,5 +157,4 @@ def _joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return F.rms_norm(x, weight.shape, weight, eps)

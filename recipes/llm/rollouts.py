@@ -9,6 +9,9 @@ from torch import Tensor
 
 from evolute.recipes.llm.llama_decoder import LlamaDecoder
 
+WORTH = 0.7
+"""Completions that ended, or are alike so far, leave the decoder when it keeps fewer than this share of its rows."""
+
 
 class Rollout(NamedTuple):
     """Completions, padded on the right.
@@ -79,7 +82,8 @@ def sample_completions(
     """Draw completions with a key-value cache on the trained model: the default :class:`RolloutEngine`.
 
     Llama and Qwen2 models that are whole in this process run through :class:`LlamaDecoder`, all others through their
-    own forward. Each prompt is read once, whatever the group size; rows that ended leave the batch.
+    own forward. Each prompt is read once, whatever the group size, and so is, by the former, what completions of it
+    have in common; those that ended leave the batch.
     """
     was_training = model.training
     model.eval()
@@ -107,24 +111,32 @@ def _decode(
     finished = torch.zeros(n, dtype=torch.bool)
     padded = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
     starts = torch.tensor([width - len(p) for p in prompts], device=device)
-    scores = decoder.read(padded, starts, max_tokens, group_size)
-    rows = torch.arange(n)
+    scores = decoder.read(padded, starts, max_tokens)
+    rows, state = torch.arange(n), torch.arange(n) // group_size  # completions, and each one's row in the decoder
+    alike = decoder.shares
     for step in range(max_tokens):
         u = None if uniforms is None else uniforms[rows, step]
-        drawn, log_p = (t.cpu() for t in draw(scores, temperature, u))
+        drawn, log_p = (t.cpu() for t in draw(scores[state.to(device)], temperature, u))
         ids[rows, step], log_probs[rows, step] = drawn, log_p
         ends = (drawn == eos_id) & ~finished[rows]
         if ends.any():
             finished[rows[ends]] = True
             lengths[rows[ends]] = step + 1
         alive = (~finished[rows]).nonzero().squeeze(1)
-        if step + 1 == max_tokens or (len(alive) == 0 and not decoder.keeps_rows):
+        if step + 1 == max_tokens or (len(alive) == 0 and decoder.shares):
             break
-        # To take rows out copies the cache: worth it once enough have ended.
-        if len(alive) < 0.7 * len(rows) and not decoder.keeps_rows:
-            rows, drawn = rows[alive], drawn[alive]
-            decoder.keep(alive.to(device))
-        scores = decoder.step(drawn.to(device))
+        # To move rows copies the cache: worth it once enough have ended, and as long as enough are alike.
+        if decoder.shares and len(alive) < WORTH * len(rows):
+            rows, drawn, state = rows[alive], drawn[alive], state[alive]
+        parents, state, own = state, torch.arange(len(rows)), drawn
+        if alike:
+            branches, back = torch.unique(parents * scores.shape[-1] + drawn, return_inverse=True)
+            alike = len(branches) < WORTH * len(rows)
+            if alike:
+                parents, state, own = branches // scores.shape[-1], back, branches % scores.shape[-1]
+        if not torch.equal(parents, torch.arange(len(scores))):
+            decoder.keep(parents.to(device))
+        scores = decoder.step(own.to(device))
     mask = torch.arange(max_tokens) < lengths.unsqueeze(1)
     zero = torch.zeros(())
     return Rollout(torch.where(mask, ids, 0), mask, torch.where(mask, log_probs, zero), finished)
@@ -144,30 +156,33 @@ def draw(scores: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[T
     else:
         total = log_p.exp().cumsum(-1)
         point = uniforms.to(total).unsqueeze(1) * total[:, -1:]
-        token = torch.searchsorted(total, point, right=True).clamp(max=scores.shape[-1] - 1)
+        token = (total <= point).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
     return token.squeeze(1), log_p.gather(1, token).squeeze(1)
 
 
 class _OwnForward:
     """Any Hugging Face causal LM, through its own forward and cache.
 
-    Rows that ended stay in the batch, and all ranks decode to the limit: a sharded model needs every rank in every
+    Every completion is a row to the limit, on all ranks: a sharded model needs every rank in every
     forward.
     """
 
-    keeps_rows = True
+    shares = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.device = next(model.parameters()).device
 
-    def read(self, prompts: Tensor, starts: Tensor, tokens: int, group_size: int) -> Tensor:
-        prompts, starts = (t.repeat_interleave(group_size, 0) for t in (prompts, starts))
+    def read(self, prompts: Tensor, starts: Tensor, tokens: int) -> Tensor:
         places = torch.arange(prompts.shape[1], device=self.device)
         self.mask = (places >= starts.unsqueeze(1)).long()
         self.position = prompts.shape[1] - starts.unsqueeze(1) - 1
         self.cache = None
         return self._run(prompts, (places - starts.unsqueeze(1)).clamp(min=0))
+
+    def keep(self, rows: Tensor) -> None:
+        self.mask, self.position = self.mask[rows], self.position[rows]
+        self.cache.reorder_cache(rows)  # pyright: ignore[reportOptionalMemberAccess]
 
     def step(self, tokens: Tensor) -> Tensor:
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.mask), 1))], 1)
