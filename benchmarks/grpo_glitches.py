@@ -81,12 +81,21 @@ class RecordedRates(RandomTokenMask):
 
 
 class Plan(NamedTuple):
-    """What all runs of a table have in common."""
+    """What all runs of a table have in common.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: learning rate.
+        multiple: of the clean quantile, for thresholds.
+        optimizer: name of it.
+        normalised: GRPO's own advantages, (R - mean) / deviation of the group, instead of R - median.
+    """
 
     steps: int
     lr: float
     multiple: float
-    """Of the clean quantile, for thresholds."""
+    optimizer: str = "adamw"
+    normalised: bool = False
 
     def __str__(self) -> str:
         return f"{self.steps}-{self.lr:g}"
@@ -99,8 +108,9 @@ def train(
     L.seed_everything(0, verbose=False)  # the weights that the supervised start begins from are the same for all
     reward: Any = Glitches(seed, RATE if glitches else 0.0)
     module = GRPO(
-        rewards=[reward], baseline="median", scale_rewards="none", group_size=16, max_completion=5,
-        cold_start=ColdStart(), val_samples=4, log_completions=0, config=LLAMA, optimizer="adamw", lr=plan.lr,
+        rewards=[reward], baseline="mean" if plan.normalised else "median",
+        scale_rewards="group" if plan.normalised else "none", group_size=16, max_completion=5,
+        cold_start=ColdStart(), val_samples=4, log_completions=0, config=LLAMA, optimizer=plan.optimizer, lr=plan.lr,
         warmup=0, schedule="constant", samples=0,
     )  # fmt: skip
     data = PromptDataModule(

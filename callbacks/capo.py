@@ -95,6 +95,7 @@ class CAPO(TokenMask):
 
     prefix = "capo"
     columns = 11
+    needs_linear_head = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from evolute.recipes.llm.cold_start import ColdStart, cold_start
 from evolute.recipes.llm.completions_log import CompletionsLog, forget_completions
 from evolute.recipes.llm.finetune import FineTune, without_lora
 from evolute.recipes.llm.passes import pass_at_k
-from evolute.recipes.llm.policy import completion_states
+from evolute.recipes.llm.policy import completion_states, nonlinear_head
 from evolute.recipes.llm.rewards import Rewards, Scores, imported
 from evolute.recipes.llm.rollout_metrics import rollout_metrics
 from evolute.recipes.llm.rollouts import Rollout, RolloutEngine, draw_uniforms, sample_completions
@@ -179,6 +179,14 @@ class GRPO(FineTune):
             raise ValueError(
                 f"context={needed - self.max_completion} and max_completion={self.max_completion} need {needed} "
                 f"positions, the model has {limit}"
+            )
+        bent = nonlinear_head(self.model)
+        callbacks: list[Any] = list(getattr(self.trainer, "callbacks", []))
+        asking = [type(c).__name__ for c in callbacks if getattr(c, "needs_linear_head", False)]
+        if bent and asking:
+            raise ValueError(
+                f"{asking[0]} models a linear head, and this model's logits are more than that: "
+                f"{bent}={getattr(self.model.config, bent)}; leave {asking[0]} out"
             )
 
     # Rollouts

@@ -67,9 +67,13 @@ def load(name: str, attention: str) -> Any:
     """
     transformers = _transformers(f"Pretrain(model={name!r})")
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             **gguf_arguments(name), attn_implementation=attention, dtype="float32"
         )
+        # The weights are in float32 now; and a checkpoint's configuration must be plain data.
+        if "gguf_file" in gguf_arguments(name) and hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        return model
     except ImportError as error:
         raise ImportError(f"Pretrain(model={name!r}): {one_line(error)}") from error
     except Exception as error:  # hub, network, file and format errors of a dozen types

@@ -19,7 +19,8 @@ def completion_states(model: Any, batch: dict[str, Tensor], pieces: bool = False
     """Return ``hidden [n, T, H]`` and ``head``, or ``logits [n, T, V]``, at the positions that predict the actions.
 
     The head is handed over unapplied where logits are its plain product with the hidden states, so that a loss may
-    chunk them; a model with a soft cap or a scale, or one whose weights lie in pieces, gives logits.
+    chunk them. A model whose weights lie in pieces gives logits and hidden states, one with a soft cap or a scale
+    gives logits alone.
 
     Args:
         model: causal LM.
@@ -31,8 +32,11 @@ def completion_states(model: Any, batch: dict[str, Tensor], pieces: bool = False
     places = batch["prompt_length"].unsqueeze(1) - 1 + torch.arange(width, device=ids.device)
     head = model.get_output_embeddings()
     # Padding on the right is never seen by what stands before it, so no attention mask is needed.
-    if pieces or nonlinear_head(model) or not isinstance(head, nn.Linear):
-        return {"logits": _at(model(input_ids=ids, use_cache=False).logits, places)}
+    linear = not nonlinear_head(model)
+    if pieces or not linear or not isinstance(head, nn.Linear):
+        out = model(input_ids=ids, use_cache=False, output_hidden_states=linear)
+        states = {"logits": _at(out.logits, places)}
+        return {**states, "hidden": _at(out.hidden_states[-1], places)} if linear else states
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return {"hidden": _at(hidden, places), "head": head}
 

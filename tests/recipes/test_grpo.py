@@ -1,5 +1,6 @@
 """Rollouts against ``generate``, advantages against brute force, rewards that fail, exact resume, bad input."""
 
+import csv
 import itertools
 import json
 import math
@@ -115,6 +116,7 @@ def test_states_of_completions_are_at_the_positions_that_predict_them(family):
     plain, whole = completion_states(model, batch), completion_states(model, batch, pieces=True)
     logits = plain["head"](plain["hidden"])
     torch.testing.assert_close(logits, whole["logits"])
+    torch.testing.assert_close(plain["hidden"], whole["hidden"])
     for row, (start, tokens) in enumerate([(2, [4, 5, 6, 7, 8]), (1, [1, 2, 3])]):
         alone = model(input_ids=torch.tensor([tokens])).logits[0, start - 1 : -1]
         torch.testing.assert_close(logits[row, : len(alone)], alone)
@@ -279,17 +281,33 @@ def run(folder: Path, steps: int, *more: str) -> None:
     assert train("fit", [*arguments, "--checkpoint_every", "5", *SMALL, *more], ["llm/grpo"]) == 0
 
 
+CAPO = [{"class_path": "evolute.callbacks.CAPO", "init_args": {"delta_f": 1e-6, "delta_h": 1e-3}}]
+
+
 def test_a_run_resumed_in_the_middle_of_a_rollout_equals_one_that_was_not(tmp_path):
-    """Five steps are one whole rollout of four batches and a quarter of the next."""
-    run(tmp_path / "whole", 11)
-    run(tmp_path / "cut", 5)
-    run(tmp_path / "cut", 11, "--resume", "true")
+    """Five steps are one whole rollout of four batches and a quarter of the next; CAPO brings moments of its own."""
+    gate = ("--trainer.callbacks", json.dumps(CAPO))
+    run(tmp_path / "whole", 11, *gate)
+    run(tmp_path / "cut", 5, *gate)
+    run(tmp_path / "cut", 11, "--resume", "true", *gate)
     states = [
         torch.load(tmp_path / name / "checkpoints" / "step=00000011.ckpt", weights_only=True)
         for name in ("whole", "cut")
     ]
     for name, value in states[0]["state_dict"].items():
         assert torch.equal(value, states[1]["state_dict"][name]), name
+    gates = [next(v for k, v in state["callbacks"].items() if k.startswith("CAPO")) for state in states]
+    assert gates[0]["steps_seen"] == gates[1]["steps_seen"] == 11
+    assert len(gates[0]["moments"]) > 2
+    for name, value in gates[0]["moments"].items():
+        assert (
+            torch.equal(value, gates[1]["moments"][name])
+            if torch.is_tensor(value)
+            else (value == gates[1]["moments"][name])
+        ), name
+    with (tmp_path / "whole" / "metrics.csv").open() as file:
+        rejected = [float(row["capo/reject_frac"]) for row in csv.DictReader(file) if row.get("capo/reject_frac")]
+    assert 0 < statistics.fmean(rejected) < 1  # the gate had something to say
     tables = [(tmp_path / name / "completions.jsonl").read_text() for name in ("whole", "cut")]
     assert tables[0] == tables[1]
     assert "val/pass@1" in (tmp_path / "whole" / "metrics.csv").read_text()
