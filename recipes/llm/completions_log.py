@@ -31,13 +31,14 @@ class CompletionsLog:
         self._open: dict[str, Any] | None = None
 
     def begin(self, number: int, prompts: list[str], batch: dict[str, Tensor], rewards: Tensor, tokenizer: Any) -> None:
-        """Note the first completions of rollout ``number``, if it is one to show."""
+        """Note some completions of rollout ``number``, spread over its prompts, if it is one to show."""
         self._open = None
         if not self.every or number % self.every:
             return
         group = len(rewards) // max(1, len(prompts))
         rows: list[dict[str, Any]] = []
-        for i in range(min(self.rows, len(rewards))):
+        places = range(0, len(rewards), max(1, len(rewards) // self.rows))[: self.rows]
+        for i in places:
             count = int(batch["drawn"][i])
             reward = float(rewards[i])
             rows.append(
@@ -48,7 +49,7 @@ class CompletionsLog:
                     "advantage": float(batch["advantages"][i, 0]),
                 }
             )
-        self._open = {"rows": rows}
+        self._open = {"rows": rows, "places": places}
 
     def end(self, trainer: L.Trainer, step: int) -> None:
         """Write the noted completions with the verdict of optimizer step ``step``, their first."""
@@ -58,7 +59,7 @@ class CompletionsLog:
             return
         untyped: list[Any] = list(getattr(trainer, "callbacks", []))
         verdicts = [c.last for c in untyped if getattr(c, "last", None) and hasattr(c.last[0], "rejected")]
-        for i, row in enumerate(noted["rows"]):
+        for i, row in zip(noted["places"], noted["rows"], strict=True):
             row["step"] = step
             if verdicts and i < len(verdicts[0][0].rejected):
                 shifts, count = verdicts[0][0], len(row["tokens"])

@@ -340,3 +340,19 @@ def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     assert said in error
     assert "\n" not in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_table_of_completions_reaches_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path / "logged", 2, "--trainer.callbacks", json.dumps(CAPO), "--wandb", "true")
+    tables = list((tmp_path / "logged").glob("wandb/**/media/table/completions*.table.json"))
+    assert tables
+    table = json.loads(tables[0].read_text())
+    assert table["columns"] == ["step", "prompt", "completion", "reward", "advantage"]
+    rows = [json.loads(line) for line in (tmp_path / "logged" / "completions.jsonl").read_text().splitlines()]
+    assert [(row[0], row[1], row[3]) for row in table["data"]] == [
+        (row["step"], row["prompt"], row["reward"]) for row in rows[: len(table["data"])]
+    ]
+    assert len({row["prompt"] for row in rows}) > 1
+    assert {row[2] for row in table["data"]} == {"Html"}  # wandb's stand-in: the page itself travels as an artifact
