@@ -345,7 +345,7 @@ class Capped(nn.Linear):
 
 
 def test_what_it_cannot_model_is_refused_or_said():
-    with pytest.raises(MisconfigurationException, match=r"self\.policy_loss = evolute"):
+    with pytest.raises(MisconfigurationException, match=r"self\.policy_loss = PolicyLoss"):
         fit([CAPO()], Regression)
     with pytest.raises(MisconfigurationException, match="needs the inputs of the head"):
         train([CAPO()], lambda: Policy(hidden=lambda hidden, logits: None))
