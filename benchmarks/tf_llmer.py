@@ -39,9 +39,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "pca": {"init": "pca"},
     "rec-pca": {"init": "rec_pca", "trade_off": 0.95},
 }
-RATES = {False: (1e-3, 3e-3, 1e-2), True: (1e-3, 3e-3, 1e-2)}
-CHOOSING, FRESH = (100, 101), (0, 1, 2, 3, 4)
-EPOCHS, LOSS_EPOCH, TEMPERATURE = 10, 8, 0.1
+RATES = {False: (3e-3, 1e-2, 3e-2), True: (1e-3, 3e-3, 1e-2)}
+CHOOSING, FRESH = (0, 1), (2, 3, 4, 5, 6)
+EPOCHS, LOSS_EPOCH = 8, 8
+NORM: dict[str, Any] = {"temperature": 0.1}
 
 
 class Curve(Callback):
@@ -91,7 +92,7 @@ def fit(
     data.setup("fit")
     module = Recommend(encoder=encoder, lr=lr, **ARMS[arm])  # type: ignore[arg-type]
     curve = Curve(data)
-    callbacks: list[Any] = [curve, *([ItemEmbeddingNorm(temperature=TEMPERATURE)] if norm else [])]
+    callbacks: list[Any] = [curve, *([ItemEmbeddingNorm(**NORM)] if norm else [])]
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=EPOCHS, gradient_clip_val=5.0, logger=False, callbacks=callbacks,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
@@ -161,7 +162,7 @@ def start(vectors: str) -> None:
                 L.seed_everything(0, verbose=False)
                 data = InteractionDataModule(vectors=vectors, batch_size=32)
                 module = Recommend(init=init, **arguments)  # type: ignore[arg-type]
-                callbacks: list[Any] = [ItemEmbeddingNorm(temperature=TEMPERATURE)] if norm else []
+                callbacks: list[Any] = [ItemEmbeddingNorm(**NORM)] if norm else []
                 trainer = L.Trainer(
                     accelerator="cpu", max_steps=0, logger=False, callbacks=callbacks, enable_checkpointing=False,
                     enable_progress_bar=False, enable_model_summary=False,

@@ -8,10 +8,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, cast
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -21,11 +19,12 @@ from typing_extensions import override
 from evolute.data.interaction_splits import Held, Log, Split, Ties, by_time, leave_one_out, make_log
 from evolute.data.interaction_tables import ItemTexts, read_events, read_items
 from evolute.data.item_vectors import ItemVectors, encode_items
+from evolute.data.resumable import ResumablePlace
 from evolute.data.samplers import ResumableLoader, ResumableSampler
 from evolute.geometry import Histories, cooccurrence_graph
 
 
-class InteractionDataModule(L.LightningDataModule):
+class InteractionDataModule(ResumablePlace):
     """Interactions of users with items, split by time, with full-ranking validation and test.
 
     Items are numbered ``0 .. n_items - 1``; ``n_items`` itself pads. A training batch is a dict of ``user`` [b] and
@@ -267,46 +266,11 @@ class InteractionDataModule(L.LightningDataModule):
         )  # fmt: skip
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches were trained on, and what that number means nothing without."""
-        return {"batches": 0 if self.trainer is None else _progress(self.trainer).total.processed, **self._identity()}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the place in a checkpoint is a place in this data.
-
-        Raises:
-            ValueError: if events, order or size of batches differ from the checkpoint's.
-        """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        for key, now in self._identity().items():
-            if state_dict.get(key, now) != now:
-                raise ValueError(
-                    f"the checkpoint was trained with {key}={state_dict[key]!r}, this run has {now!r}: "
-                    "its place in the data means nothing here; resume with the same value"
-                )
-
     def _identity(self) -> dict[str, Any]:
         histories = self.train_histories
         digest = hashlib.sha256(histories.items.tobytes() + histories.offsets.tobytes()).hexdigest()
         sizes = {"samples a batch": self.batch_size * self._world[1], "max_len": self.max_len, "seed": self.seed}
         return {"training events sha256": digest, **sizes}
-
-    def _position(self) -> tuple[int, int] | None:
-        """Return ``(epoch, batch)`` to train on next, as in :class:`TextDataModule`."""
-        trainer = self.trainer
-        if trainer is None or trainer.state.status != TrainerStatus.RUNNING or not trainer.training:
-            return 0, 0
-        progress = _progress(trainer)
-        per_epoch = int(trainer.num_training_batches)
-        if progress.current.ready >= per_epoch:
-            return None
-        return divmod(progress.total.processed, per_epoch)
-
-    @property
-    def _world(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     @property
     def _log(self) -> Log:
@@ -383,10 +347,6 @@ class Strided(DistributedSampler[Any]):
     @override
     def __len__(self) -> int:
         return math.ceil((len(cast(Any, self.dataset)) - self.rank) / self.num_replicas)
-
-
-def _progress(trainer: L.Trainer) -> Any:
-    return trainer.fit_loop.epoch_loop.batch_progress
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What data modules of fixed windows share: loaders that continue at the next batch after a resume."""
+"""What data modules share that continue at the next batch after a resume."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,42 +14,11 @@ from evolute.data.samplers import ResumableLoader, ResumableSampler
 from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 
-class ResumableDataModule(L.LightningDataModule, ABC):
-    """Batches in an order of the seed alone, and a place in it that a checkpoint keeps.
+class ResumablePlace(L.LightningDataModule, ABC):
+    """A place in an order of training batches, which a checkpoint keeps.
 
-    A subclass sets ``batch_size``, ``seed`` and ``num_workers``, fills ``_windows`` in ``setup`` and says in
-    ``_identity`` what a place in its data depends on.
+    A subclass says in ``_identity`` what a place in its data depends on, and gives ``_position`` to its loader.
     """
-
-    batch_size: int
-    seed: int
-    num_workers: int
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._windows: tuple[Dataset[Any], Dataset[Any]] | None = None
-
-    @override
-    def train_dataloader(self) -> DataLoader[Any]:
-        windows, _ = self._packed()
-        rank, world = self._world
-        loader = ResumableLoader(
-            windows,
-            batch_size=self.batch_size,
-            sampler=ResumableSampler(len(windows), self.seed, world, rank),
-            drop_last=True,
-            **self._loader_options(),
-        )
-        loader.position = self._position
-        return loader
-
-    @override
-    def val_dataloader(self) -> DataLoader[Any]:
-        _, windows = self._packed()
-        rank, world = self._world
-        # The windows divide by the number of ranks (see PackedWindows), so this sampler repeats none of them.
-        sampler = DistributedSampler(windows, world, rank, shuffle=False) if world > 1 else None
-        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -97,6 +66,44 @@ class ResumableDataModule(L.LightningDataModule, ABC):
     @property
     def _world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+class ResumableDataModule(ResumablePlace):
+    """Batches of fixed windows, in an order of the seed alone.
+
+    A subclass sets ``batch_size``, ``seed`` and ``num_workers``, fills ``_windows`` in ``setup`` and says in
+    ``_identity`` what a place in its data depends on.
+    """
+
+    batch_size: int
+    seed: int
+    num_workers: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._windows: tuple[Dataset[Any], Dataset[Any]] | None = None
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        windows, _ = self._packed()
+        rank, world = self._world
+        loader = ResumableLoader(
+            windows,
+            batch_size=self.batch_size,
+            sampler=ResumableSampler(len(windows), self.seed, world, rank),
+            drop_last=True,
+            **self._loader_options(),
+        )
+        loader.position = self._position
+        return loader
+
+    @override
+    def val_dataloader(self) -> DataLoader[Any]:
+        _, windows = self._packed()
+        rank, world = self._world
+        # The windows divide by the number of ranks (see PackedWindows), so this sampler repeats none of them.
+        sampler = DistributedSampler(windows, world, rank, shuffle=False) if world > 1 else None
+        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
 
     def _packed(self) -> tuple[Any, Any]:
         if self._windows is None:

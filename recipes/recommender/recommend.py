@@ -39,9 +39,10 @@ class Recommend(L.LightningModule):
     known. ``item_emb`` holds the item vectors, ``encoder`` makes the vectors that meet them: names that callbacks
     look for.
 
-    Logs ``train/loss`` (nats), ``train/self_logit`` (how much more than the average item the model expects the last
-    one again, in nats; high at the start means that it begins by repeating), ``val/`` and ``test/`` ``hr@k``,
-    ``ndcg@k``, ``mrr@k``. ``predict`` writes ``recommendations.parquet`` into the run folder.
+    Logs ``train/loss`` (nats), ``train/nonfinite`` (steps skipped so far), ``train/self_logit`` (how much more than the
+    average item the model expects the last one again, in nats; high at the start means that it begins by repeating),
+    ``val/`` and ``test/`` ``hr@k``, ``ndcg@k``, ``mrr@k``. ``predict`` writes ``recommendations.parquet`` into the run
+    folder.
 
     Args:
         encoder: ``"gru4rec"``, ``"sasrec"``, ``"bert4rec"``, ``"mf"`` or ``"lightgcn"``.
@@ -65,6 +66,9 @@ class Recommend(L.LightningModule):
         filter_seen: leave items of the history out of rankings; results with and without do not compare.
         ks: where the rankings are cut.
         top_k: items that ``predict`` writes for each user.
+        on_nonfinite: what a non-finite loss does: ``"skip"`` takes no optimizer step (on any rank, for the whole
+            accumulation window), ``"raise"`` ends the run.
+        max_nonfinite: skips in a row after which ``"skip"`` raises as well.
         n_items: filled in from the data.
         n_users: likewise.
 
@@ -94,6 +98,8 @@ class Recommend(L.LightningModule):
         filter_seen: bool = False,
         ks: Sequence[int] = (10, 20),
         top_k: int = 20,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+        max_nonfinite: int = 5,
         n_items: int | None = None,
         n_users: int | None = None,
     ) -> None:
@@ -103,10 +109,14 @@ class Recommend(L.LightningModule):
             ("loss", loss, LOSSES),
             ("adapter", adapter, (None, "linear", "mlp")),
             ("optimizer", optimizer, ("adamw", "sgd")),
+            ("on_nonfinite", on_nonfinite, ("skip", "raise")),
         ):
             if value not in known:
                 raise ValueError(f"Recommend({name}={value!r}): must be one of {', '.join(map(repr, known))}")
-        for name, value in (("dim", dim), ("negatives", negatives), ("top_k", top_k), ("ks", min(ks, default=0))):
+        for name, value in (
+            ("dim", dim), ("negatives", negatives), ("top_k", top_k), ("ks", min(ks, default=0)),
+            ("max_nonfinite", max_nonfinite),
+        ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"Recommend({name}={value}): must be at least 1")
         if not (lr > 0 and math.isfinite(lr)):
@@ -122,6 +132,8 @@ class Recommend(L.LightningModule):
         self.loss_name: Loss = loss
         self.ks = list(ks)
         self._log_q: Tensor | None = None
+        self._window_losses: list[Tensor] = []
+        self._nonfinite = self._nonfinite_in_a_row = 0
         self._ranks: list[Tensor] = []
         self._written: list[dict[str, Tensor]] = []
         self.ranks = torch.zeros(0, dtype=torch.long)
@@ -198,12 +210,28 @@ class Recommend(L.LightningModule):
             items = batch["items"]
             last = items[:, :-1][items[:, 1:] < self.item_emb.padding_idx]
             self.log("train/self_logit", (logits.gather(1, last[:, None])[:, 0] - logits.mean(1)).mean())
-        if not bool(loss.detach().isfinite()):
-            raise RuntimeError(
-                f"the loss is {float(loss.detach())} at step {self.trainer.global_step}: lower "
-                f"lr={self.hparams['lr']}, set row_norm, or clip gradients"
-            )
+        self._window_losses.append(loss.detach())
         return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # One host synchronisation an optimizer step, and one decision for all ranks.
+        finite = torch.stack(self._window_losses).isfinite().all()
+        self._window_losses.clear()
+        good = bool(self.trainer.strategy.reduce(finite.float(), reduce_op="mean") == 1)
+        self._nonfinite += not good
+        self._nonfinite_in_a_row = 0 if good else self._nonfinite_in_a_row + 1
+        self.log("train/nonfinite", float(self._nonfinite))
+        if good:
+            return
+        a: Any = self.hparams
+        if a.on_nonfinite == "raise" or self._nonfinite_in_a_row >= a.max_nonfinite:
+            raise RuntimeError(
+                f"the loss was not finite {self._nonfinite_in_a_row} step(s) in a row, last at step "
+                f"{self.trainer.global_step}: lower lr={a.lr}, set row_norm, or clip gradients"
+            )
+        for parameter in self.parameters():  # an optimizer passes over parameters without a gradient
+            parameter.grad = None
 
     def _logs_now(self) -> bool:
         trainer: Any = self.trainer
@@ -275,9 +303,12 @@ class Recommend(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data: Any = getattr(self.trainer, "datamodule", None)
         checkpoint["item_names"] = list(data.item_names) if data is not None else []
+        checkpoint["nonfinite"] = {"total": self._nonfinite, "in_a_row": self._nonfinite_in_a_row}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        counts = checkpoint.get("nonfinite", {})
+        self._nonfinite, self._nonfinite_in_a_row = counts.get("total", 0), counts.get("in_a_row", 0)
         data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
         if data is not None:
             check_items(checkpoint.get("item_names", []), data.item_names)

@@ -1,6 +1,7 @@
 """The exact baselines on MovieLens-100K: splits, ties, filters and metrics in one number each."""
 
 import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ def test_baselines_have_their_known_values_to_four_digits(ties, monkeypatch):
     try:
         movielens_folder()
     except FileNotFoundError as error:
+        if os.environ.get("CI"):  # its set-up gets the data: a skip would hide that it did not
+            raise
         pytest.skip(str(error))
     found = benchmark.anchors(ties)
     for (rule, filtered), methods in benchmark.KNOWN.items():

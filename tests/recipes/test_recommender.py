@@ -1,0 +1,58 @@
+"""What the recommender's recipe does of its own accord."""
+
+import itertools
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from evolute.data import InteractionDataModule
+from evolute.recipes.recommender import Recommend
+from tests.data.test_interactions import rows, write_csv
+
+
+class Broken(Recommend):
+    bad = ()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx + 1 in self.bad:
+            self._window_losses[-1] = self._window_losses[-1] * float("nan")
+            return loss * float("nan")
+        return loss
+
+
+class Weights(Callback):
+    def __init__(self):
+        self.kept = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.kept.append([p.detach().clone() for p in pl_module.parameters()])
+
+
+def fit(tmp_path, bad, callbacks=(), **options):
+    write_csv(tmp_path / "log.csv", rows(users=40, items=30))
+    module = Broken(dim=8, encoder_args={"hidden": 8}, lr=0.01, **options)
+    module.bad = bad
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=4, limit_val_batches=0, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, InteractionDataModule(str(tmp_path / "log.csv"), max_len=4, batch_size=8))
+    return trainer
+
+
+def test_a_nonfinite_loss_takes_no_step(tmp_path):
+    weights = Weights()
+    trainer = fit(tmp_path, (2,), [weights])
+    moved = [any(not torch.equal(p, q) for p, q in zip(a, b, strict=True)) for a, b in itertools.pairwise(weights.kept)]
+    assert moved == [False, True, True]
+    assert all(torch.isfinite(p).all() for p in weights.kept[-1])
+    assert trainer.callback_metrics["train/nonfinite"] == 1
+
+
+@pytest.mark.parametrize(("mode", "bad"), [("raise", (1,)), ("skip", (1, 2, 3))])
+def test_nonfinite_losses_raise_at_once_or_after_some_in_a_row(tmp_path, mode, bad):
+    with pytest.raises(RuntimeError, match=f"not finite {len(bad)} step"):
+        fit(tmp_path, bad, on_nonfinite=mode, max_nonfinite=3)
