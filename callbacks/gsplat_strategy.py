@@ -31,7 +31,7 @@ class GsplatStrategy(GaussianCallback):
 
     Raises:
         MisconfigurationException: if gsplat is missing, has no such strategy or does not take the options; at the start
-            of fit, if the device is wrong, the module trains no Gaussians, or runs in several processes.
+            of fit, if device or precision is wrong, the module trains no Gaussians, or runs in several processes.
     """
 
     name: ClassVar[str] = "GsplatStrategy"
@@ -62,6 +62,11 @@ class GsplatStrategy(GaussianCallback):
         if type(self._strategy).__name__ == "MCMCStrategy" and pl_module.device.type != "cuda":
             raise MisconfigurationException(
                 "GsplatStrategy(strategy='MCMCStrategy') needs CUDA; GaussianRelocate does the same on any device"
+            )
+        if wrong := {p.dtype for p in self._rows.params.values()} - {torch.float32}:
+            raise MisconfigurationException(
+                f"GsplatStrategy: gsplat counts in float32, the Gaussians are {wrong.pop()}: use precision 32-true or "
+                "bf16-mixed"
             )
         self._state = self._fresh_state(pl_module)
         if self._loaded is not None:
@@ -118,7 +123,8 @@ class GsplatStrategy(GaussianCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self._state.items() if v is None or isinstance(v, Tensor | int | float | bool | str)}
+        state = self._state if self._loaded is None else self._loaded
+        kept = {k: v for k, v in state.items() if v is None or isinstance(v, Tensor | int | float | bool | str)}
         return {"state": {k: v.clone() if isinstance(v, Tensor) else v for k, v in kept.items()}}
 
     @override

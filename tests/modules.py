@@ -56,7 +56,65 @@ def policy_loss(loss: nn.Module, hidden: Tensor, head: nn.Module, logits: Tensor
     ).loss
 
 
-class Classifier(L.LightningModule):
+class Splats(nn.Module):
+    """Gaussians that are to cover the first two features of a batch in the colours of the next three."""
+
+    def __init__(self, n: int = 40) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        shapes = {"means": (3,), "scales": (3,), "quats": (4,), "opacities": (), "sh0": (1, 3), "shN": (3, 3)}
+        self.params = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(n, *shape, generator=generator)) for name, shape in shapes.items()}
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return a loss, and what densification is told of the view."""
+        p = self.params
+        means2d = 4 * p["means"][None, :, :2]
+        if means2d.requires_grad:
+            means2d.retain_grad()
+        away = (means2d - 4 * x[:, None, :2]).square().sum(-1) / (1 + p["scales"].exp().sum(-1))
+        weights = p["opacities"].sigmoid() * torch.exp(-0.1 * away)
+        turned = F.normalize(p["quats"], dim=-1).sum(-1, keepdim=True)
+        colors = p["sh0"][:, 0] + 0.1 * p["shN"].sum(1) + 0.1 * turned + 0.01 * p["means"][:, 2:]
+        loss = (weights @ colors - x[:, 2:5]).square().mean()
+        radii = torch.full((1, len(p["means"]), 2), 3, dtype=torch.int32)
+        return loss, {
+            "means2d": means2d, "radii": radii, "width": 16, "height": 16, "n_cameras": 1, "gaussian_ids": None
+        }  # fmt: skip
+
+
+class MaybeScene(L.LightningModule):
+    """A module that can be made to train Gaussians beside what it trains."""
+
+    render_info: dict[str, Any]
+
+    def become_scene(self) -> Any:
+        """Train Gaussians as well from now on."""
+        self.splats = Splats()
+        self.render_info, self.sh_active, self.depth_factor = {}, 0, 1.0
+        self.gaussian_parameters = lambda: dict(self.splats.params)
+        self.scene_extent = lambda: 1.0
+        self.export_ply = self.view = None
+        return self
+
+    def scene_loss(self, x: Tensor) -> Tensor | float:
+        """The loss of the Gaussians, if there are any."""
+        if not hasattr(self, "splats"):
+            return 0.0
+        loss, self.render_info = self.splats(x)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if hasattr(self, "splats"):
+            self.render_info = {}  # the graph behind it knows the number of Gaussians
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        for name, p in self.splats.params.items() if hasattr(self, "splats") else ():
+            p.data = torch.empty_like(checkpoint["state_dict"][f"splats.params.{name}"])
+
+
+class Classifier(MaybeScene):
     """An MLP with dropout, batch norm, a metric, a growing list, random augmentation: what a probe may disturb."""
 
     def __init__(self, optimizer: str = "adamw", lr: float = 0.01, messy: bool = True, **options: Any) -> None:
@@ -98,6 +156,7 @@ class Classifier(L.LightningModule):
         if self.messy:
             x = x + 0.01 * torch.randn_like(x)
         loss, logits = self.loss_of(x, y)
+        loss = loss + self.scene_loss(x)
         self.accuracy(logits.detach(), y)
         self.seen.append(float(loss.detach()))
         self.log("train/loss", loss, prog_bar=True)
@@ -257,7 +316,7 @@ class Net(L.LightningModule):
         return self.make(self)
 
 
-class Mixed(L.LightningModule):
+class Mixed(MaybeScene):
     """Tied, frozen and differently decayed parameters in one classifier: what a strategy may get wrong.
 
     ``third.weight`` is ``second.weight``, ``first.bias`` is frozen, and vectors have a group of their own. With
@@ -275,12 +334,12 @@ class Mixed(L.LightningModule):
         self.kind, self.lr, self.options = optimizer, lr, options
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x = batch[0]
+        x, extra = batch[0], self.scene_loss(batch[0])
         for layer in (self.first, self.second, self.third):
             x = torch.tanh(layer(x))
         if hasattr(self, "policy_loss"):
-            return policy_loss(self.policy_loss, x, self.head, self.head(x), *batch)
-        return F.cross_entropy(self.head(x), batch[1])
+            return policy_loss(self.policy_loss, x, self.head, self.head(x), *batch) + extra
+        return F.cross_entropy(self.head(x), batch[1]) + extra
 
     def configure_optimizers(self) -> Any:
         trained = [p for p in self.parameters() if p.requires_grad]

@@ -34,12 +34,18 @@ class Refusal:
     """Where a callback refuses in the matrix of ``tests/callbacks/matrix.py``, and how.
 
     Attributes:
-        where: values of the matrix's factors, ``{"accumulate": 1}``; the refusal holds where all of them meet.
+        where: values of the matrix's factors, ``{"accumulate": 1}``, or tuples of them; the refusal holds where all of
+            them meet.
         message: a part of what it says.
     """
 
     where: Mapping[str, Any]
     message: str
+
+    def values(self, factor: str) -> tuple[Any, ...]:
+        """Return the values of a factor at which it refuses."""
+        value = self.where[factor]
+        return value if isinstance(value, tuple) else (value,)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,9 @@ class Setting:
             the matrix compares them in float32 only.
         refuses: where it may refuse instead.
         policy: it needs a policy loss, which the modules under test then have.
+        scene: it needs a module that trains Gaussians, which those under test then do.
+        float32: it refuses parameters of another kind.
+        ends: what it measures every n steps is measured after the last of them.
     """
 
     make: Callable[..., Callback]
@@ -75,6 +84,9 @@ class Setting:
     jumps: tuple[str, ...] = ()
     refuses: tuple[Refusal, ...] = ()
     policy: bool = False
+    scene: bool = False
+    float32: bool = False
+    ends: bool = False
 
 
 def _curvature(**kwargs: Any) -> Callback:
@@ -342,6 +354,79 @@ SETTINGS["EntropyMask"] = Setting(
     everywhere={"quantile": 0.0},  # of a micro-batch of a process
 )
 
+
+def _relocate(**kwargs: Any) -> Callback:
+    return GaussianRelocate(**{"cap": 340, "every_n_steps": 4, "start": 4, "stop": 1.0, "min_opacity": 0.05, **kwargs})
+
+
+def _densify(**kwargs: Any) -> Callback:
+    small = {"budget": 340, "every_n_steps": 4, "start": 4, "stop": 1.0, "grad_threshold": 1e-7}
+    # Passing the same share throughout, it does not depend on the length of the run.
+    return GaussianDensify(**{**small, "theta_mode": "quantile", "passing": (0.2, 0.2), "replaced": 0.2, **kwargs})
+
+
+def _reset(**kwargs: Any) -> Callback:
+    return OpacityReset(**{"every_n_steps": 6, "ceiling": 0.05, "stop": 1.0, **kwargs})
+
+
+def _gsplat(dry_run: bool = False, every_n_steps: int = 4, **options: Any) -> Callback:
+    small = {"refine_start_iter": 2, "refine_every": every_n_steps, "grow_grad2d": 1e-5, "reset_every": 8}
+    return GsplatStrategy(options={**small, **options}, dry_run=dry_run)
+
+
+# The number of Gaussians changes, and processes would go on reducing gradients of the shapes they began with.
+_ALONE = (Refusal({"strategy": ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")}, "use one device"),)
+
+# These are asked the same on the splatting recipe, and more, in tests/callbacks/test_gaussians.py.
+GAUSSIANS: dict[str, Setting] = {
+    "GaussianDensify": Setting(
+        _densify,
+        "densify",
+        "densify/gaussians",
+        intervention=True,
+        scene=True,
+        ends=True,
+        refuses=_ALONE,
+        neutral={"grad_threshold": math.inf, "min_opacity": 0.0, "max_scale": math.inf},
+        bad=({"budget": 0}, {"every_n_steps": 0}, {"theta_mode": "soft"}, {"stop": 2.0}, {"replaced": -0.1}),
+    ),
+    "GaussianRelocate": Setting(
+        _relocate,
+        "relocate",
+        "relocate/gaussians",
+        intervention=True,
+        scene=True,
+        ends=True,
+        refuses=_ALONE,
+        neutral={"noise": 0.0, "growth": 0.0, "min_opacity": 0.0},
+        bad=({"cap": 0}, {"growth": -1.0}, {"min_opacity": 2.0}),
+    ),
+    "OpacityReset": Setting(
+        _reset,
+        "opacity",
+        "opacity/reset",
+        intervention=True,
+        scene=True,
+        ends=True,
+        refuses=_ALONE,
+        neutral={"every_n_steps": 10_000},
+        bad=({"ceiling": 0.0}, {"every_n_steps": 0}),
+    ),
+    "GsplatStrategy": Setting(
+        _gsplat,
+        "gsplat",
+        "gsplat/gaussians",
+        intervention=True,
+        scene=True,
+        first=4,
+        float32=True,
+        refuses=_ALONE,
+        neutral={"refine_start_iter": 10_000, "reset_every": 10_000},
+        bad=({"speed": 9},),
+    ),
+}
+SETTINGS |= GAUSSIANS
+
 # Noise from the halves of a step, which only an accumulated step has.
 _HALVES = (Refusal({"accumulate": 1}, "accumulate_grad_batches"),)
 MATRIX: dict[str, Setting] = {
@@ -352,61 +437,6 @@ MATRIX: dict[str, Setting] = {
     ),
 }
 
-
-def _relocate(**kwargs: Any) -> Callback:
-    return GaussianRelocate(**{"cap": 340, "every_n_steps": 4, "start": 4, "min_opacity": 0.05, **kwargs})
-
-
-def _densify(**kwargs: Any) -> Callback:
-    small = {"budget": 340, "every_n_steps": 4, "start": 4, "stop": 1.0, "grad_threshold": 1e-7}
-    return GaussianDensify(**{**small, "theta_mode": "quantile", "replaced": 0.2, **kwargs})
-
-
-def _reset(**kwargs: Any) -> Callback:
-    return OpacityReset(**{"every_n_steps": 6, "ceiling": 0.05, "stop": 1.0, **kwargs})
-
-
-def _gsplat(dry_run: bool = False, **options: Any) -> Callback:
-    small = {"refine_start_iter": 2, "refine_every": 4, "grow_grad2d": 1e-5, "reset_every": 8}
-    return GsplatStrategy(options={**small, **options}, dry_run=dry_run)
-
-
-# Interventions on a set of Gaussians need a module that trains one: tests/callbacks/test_gaussians.py asks them the
-# same questions on a small scene.
-GAUSSIANS: dict[str, Setting] = {
-    "GaussianDensify": Setting(
-        _densify,
-        "densify",
-        "densify/gaussians",
-        intervention=True,
-        neutral={"grad_threshold": math.inf, "min_opacity": 0.0, "max_scale": math.inf},
-        bad=({"budget": 0}, {"every_n_steps": 0}, {"theta_mode": "soft"}, {"stop": 2.0}, {"replaced": -0.1}),
-    ),
-    "GaussianRelocate": Setting(
-        _relocate,
-        "relocate",
-        "relocate/gaussians",
-        intervention=True,
-        neutral={"noise": 0.0, "growth": 0.0, "min_opacity": 0.0},
-        bad=({"cap": 0}, {"growth": -1.0}, {"min_opacity": 2.0}),
-    ),
-    "OpacityReset": Setting(
-        _reset,
-        "opacity",
-        "opacity/reset",
-        intervention=True,
-        neutral={"every_n_steps": 10_000},
-        bad=({"ceiling": 0.0}, {"every_n_steps": 0}),
-    ),
-    "GsplatStrategy": Setting(
-        _gsplat,
-        "gsplat",
-        "gsplat/gaussians",
-        intervention=True,
-        neutral={"refine_start_iter": 10_000, "reset_every": 10_000},
-        bad=({"speed": 9},),
-    ),
-}
 
 MONITORS = {name: s for name, s in SETTINGS.items() if not s.intervention}
 INTERVENTIONS = {name: s for name, s in SETTINGS.items() if s.intervention}

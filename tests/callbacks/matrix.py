@@ -100,13 +100,15 @@ def trainer_options(strategy: str, precision: str) -> dict[str, Any]:
     return {**options, "strategy": CPUDeepSpeedStrategy(config=config)}
 
 
-def module(policy: bool = False) -> Mixed:
-    """Return the module of every cell: tied and frozen parameters, two groups; with a policy loss, or without.
+def module(policy: bool = False, scene: bool = False) -> Mixed:
+    """Return the module of every cell: tied and frozen parameters, two groups; a policy loss or Gaussians if needed.
 
     A large ``eps`` keeps AdamW from turning the rounding of a gradient near zero into a step of full length. The
     weights start as bfloat16 numbers, because DeepSpeed rounds them before it makes its masters.
     """
     made = Mixed(eps=1e-4, policy=policy)
+    if scene:
+        made.become_scene()
     for p in made.parameters():
         p.data = p.data.bfloat16().float()
     return made
@@ -114,7 +116,7 @@ def module(policy: bool = False) -> Mixed:
 
 def refusal_of(cell: Cell) -> Refusal | None:
     """Return what the settings say of a cell that refuses, None of one that works."""
-    stated = [r for r in MATRIX[cell.name].refuses if all(getattr(cell, k) == v for k, v in r.where.items())]
+    stated = [r for r in MATRIX[cell.name].refuses if all(getattr(cell, k) in r.values(k) for k in r.where)]
     return stated[0] if stated else None
 
 
@@ -155,7 +157,7 @@ def train(cell: Cell, steps: int, save: Path | None = None, resume: Path | None 
     setting = MATRIX[cell.name]
     fit(
         [setting.make(**setting.everywhere), end],
-        partial(module, setting.policy),
+        partial(module, setting.policy, setting.scene),
         loader,
         ckpt_path=None if resume is None else str(resume),
         max_steps=steps,
@@ -188,7 +190,8 @@ def deviations(found: dict[str, Any], reference: dict[str, Any], start: dict[str
     over layers and steps, because some pass through zero: the trace, what is left of a signal.
     """
     for name, w in reference["weights"].items():
-        yield name, float((found["weights"][name] - w).norm() / (w - start[name]).norm())
+        way = w - start[name] if w.shape == start[name].shape else w  # rows were added to it, or dropped
+        yield name, float((found["weights"][name] - w).norm() / way.norm())
     ours, theirs = _values(found), _values(reference)
     largest: dict[str, float] = {}
     for (metric, _), value in theirs.items():

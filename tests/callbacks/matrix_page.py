@@ -72,7 +72,7 @@ def _entries(name: str, notes: list[str]) -> list[str]:
         stated = [refusal_of(c) for c in all_cells() if (c.name, c.strategy) == (name, strategy)]
         numbers: list[int] = []
         for refusal in (r for r in stated if r is not None):
-            where = ", ".join(f"{factor} {value}" for factor, value in refusal.where.items())
+            where = ", ".join(f"{factor} {' or '.join(map(str, refusal.values(factor)))}" for factor in refusal.where)
             note = f"With {where}; the message names `{refusal.message}`."
             notes += [note] if note not in notes else []
             numbers += [number] if (number := notes.index(note) + 1) not in numbers else []

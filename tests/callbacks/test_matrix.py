@@ -57,7 +57,7 @@ def single(cell: Cell) -> dict[str, Any]:
 def start() -> dict[str, torch.Tensor]:
     """Return the weights before the first step of every cell."""
     L.seed_everything(0, verbose=False)
-    return {n: p.detach().clone() for n, p in named_parameters(module()).items()}
+    return {n: p.detach().clone() for n, p in named_parameters(module(scene=True)).items()}
 
 
 def assert_within(
