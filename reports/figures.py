@@ -19,28 +19,48 @@ STEP = style.STEP
 
 
 def loss(runs: Sequence[Run]) -> Figure:
-    """Training loss, raw (faint) and smoothed, and validation loss; bits per byte against the bigram floor."""
-    bits = any(run.has("val/bits_per_byte") for run in runs)
-    figure, [panels] = style.new_figure(1, 1 + bits, height=3.4)
+    """Training loss, raw (faint) and smoothed, and validation loss."""
+    figure, [[axes]] = style.new_figure(1, 1, height=3.0)
     for index, run in enumerate(runs):
-        colour, of = style.run_colour(index), _of(run, runs)
-        steps, values = run.series("train/loss")
-        panels[0].plot(*style.thin((steps, values)), color=colour, alpha=0.25, linewidth=0.7)
-        panels[0].plot(*style.thin((steps, style.smooth(values))), color=colour, linewidth=1.5, label=f"train{of}")
-        _points(panels[0], run, "val/loss", _second(index, runs), f"validation{of}")
-        if bits:
-            _points(panels[1], run, "val/bits_per_byte", _second(index, runs), f"validation{of}")
-    style.label(panels[0], STEP, "loss (nats per token)")
-    if bits:
-        # Runs on one corpus share their floor: one line for each different one.
-        for floor in sorted({run.bigram_floor for run in runs if run.bigram_floor is not None}):
-            panels[1].axhline(
-                floor, color=style.MUTED, linestyle="--", linewidth=1.2, label=f"bigram floor {floor:.3f}"
-            )
-        style.label(panels[1], STEP, "validation (bits per byte)")
-    for axes in panels:
+        _smoothed(axes, run, "train/loss", style.run_colour(index), f"train{_of(run, runs)}")
+        _points(axes, run, "val/loss", _second(index, runs), f"validation{_of(run, runs)}")
+    style.label(axes, STEP, "loss")
+    style.legend(axes)
+    return figure
+
+
+def bits_per_byte(runs: Sequence[Run]) -> Figure:
+    """Validation bits per byte against the bigram floor."""
+    figure, [[axes]] = style.new_figure(1, 1, height=3.0)
+    for index, run in enumerate(runs):
+        _points(axes, run, "val/bits_per_byte", _second(index, runs), f"validation{_of(run, runs)}")
+    # Runs on one corpus share their floor: one line for each different one.
+    for floor in sorted({run.bigram_floor for run in runs if run.bigram_floor is not None}):
+        axes.axhline(floor, color=style.MUTED, linestyle="--", linewidth=1.2, label=f"bigram floor {floor:.3f}")
+    style.label(axes, STEP, "validation (bits per byte)")
+    style.legend(axes)
+    return figure
+
+
+def reward(runs: Sequence[Run]) -> Figure:
+    """Mean reward of the rollouts, raw (faint) and smoothed; accuracy on held-out problems."""
+    figure, [[left, right]] = style.new_figure(1, 2, height=3.0)
+    for index, run in enumerate(runs):
+        _smoothed(left, run, "reward", style.run_colour(index), run.name if len(runs) > 1 else "")
+        for name, line in (("val/pass@1", "-"), ("val/greedy", "--")):
+            label = f"{name.removeprefix('val/')}{_of(run, runs)}"
+            right.plot(*run.series(name), color=style.run_colour(index), linestyle=line, marker=".", label=label)
+    style.label(left, STEP, "reward of the rollouts")
+    style.label(right, STEP, "share of held-out problems solved")
+    for axes in (left, right):
         style.legend(axes)
     return figure
+
+
+def _smoothed(axes: Axes, run: Run, name: str, colour: str, label: str) -> None:
+    steps, values = run.series(name)
+    axes.plot(*style.thin((steps, values)), color=colour, alpha=0.25, linewidth=0.7)
+    axes.plot(*style.thin((steps, style.smooth(values))), color=colour, linewidth=1.5, label=label)
 
 
 def schedule(runs: Sequence[Run]) -> Figure:

@@ -51,11 +51,29 @@ SECTIONS = (
         "loss",
         "Loss",
         figures.loss,
-        "Good: both losses fall and flatten together, and validation ends well below the dashed line, the bits per "
-        "byte of a bigram model of the same corpus. A validation curve that turns up while training falls is "
-        "overfitting; one that stays at the floor has learnt letter pairs and no more.",
-        ("train/loss", "val/loss", "val/bits_per_byte"),
+        "Good: both losses fall and flatten together. A validation curve that turns up while training falls is "
+        "overfitting. In reinforcement learning the loss says nothing: look at the reward.",
+        ("train/loss", "val/loss"),
         "The recipe's module logs these; log train/loss from training_step in your own.",
+    ),
+    Section(
+        "bits-per-byte",
+        "Bits per byte",
+        figures.bits_per_byte,
+        "Good: ends well below the dashed line, the bits per byte of a bigram model of the same corpus. A curve that "
+        "stays at the floor has learnt letter pairs and no more.",
+        ("val/bits_per_byte",),
+        optional=True,
+    ),
+    Section(
+        "reward",
+        "Reward",
+        figures.reward,
+        "Good: rises and holds, on held-out problems as well. A reward that falls to nothing within a few steps is a "
+        "collapse: the rate is too high, or single completions pull too hard. Reward that rises while the share "
+        "solved does not is a reward function being gamed.",
+        ("reward",),
+        optional=True,
     ),
     Section(
         "ranking",

@@ -96,6 +96,7 @@ def _row(
         "epoch": step // 400,
         "train/loss": loss,
         "train/tokens_per_s": 21_000 + 900 * rng.standard_normal(),
+        "reward": 0.8 * done + 0.1 * math.sin(step),
         "lr": lr,
         "time/step_ms": 95 + 4 * rng.standard_normal(),
     }
@@ -131,6 +132,7 @@ def _row(
         row |= {"step/ghost_ratio": ratio, "step/ghost_ratio_p99": 0.6 * ratio, "step/time_ms": 9.0}
         row["step/clip_scale"] = min(1.0, 1 / ratio)
     if step % 100 == 99 or step == steps - 1:
+        row |= {"val/pass@1": 0.7 * done, "val/greedy": 0.8 * done}
         row |= {"val/hr@10": 0.1 * done, "val/ndcg@10": 0.05 * done}
         val = loss + 0.06
         row |= {"val/loss": val, "val/bits_per_byte": val / math.log(2), "val/perplexity": math.exp(val)}

@@ -40,13 +40,22 @@ def test_a_full_run_draws_every_section_it_recorded(runs):
 
 
 def test_loss_shows_raw_smoothed_validation_and_floor(runs):
-    left, right = figures.loss(runs[:1]).axes
+    [left], [right] = figures.loss(runs[:1]).axes, figures.bits_per_byte(runs[:1]).axes
     raw, smoothed = left.get_lines()[:2]
+    assert np.array_equal(lines(left)["validation"].get_ydata(), runs[0].series("val/loss")[1])
     assert np.array_equal(raw.get_ydata(), runs[0].series("train/loss")[1])
     assert np.std(np.diff(smoothed.get_ydata()[500:])) < 0.3 * np.std(np.diff(raw.get_ydata()[500:]))
     assert np.array_equal(lines(right)["validation"].get_ydata(), runs[0].series("val/bits_per_byte")[1])
     assert lines(right)["bigram floor 3.412"].get_ydata()[0] == 3.412
-    assert left.get_ylabel() == "loss (nats per token)"
+
+
+def test_reward_shows_the_rollouts_and_the_held_out_problems(runs):
+    rollouts, held_out = figures.reward(runs).axes
+    for run in runs:
+        assert np.array_equal(lines(rollouts)[run.name].get_ydata(), style.smooth(run.series("reward")[1]))
+    solved = [line.get_ydata() for label, line in lines(held_out).items() if label.startswith("pass@1")]
+    assert all(np.array_equal(a, run.series("val/pass@1")[1]) for a, run in zip(solved, runs, strict=True))
+    assert len(solved) == len(runs)
 
 
 def test_heat_map_cells_are_the_recorded_rates(runs):
