@@ -101,9 +101,9 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     else:
         spent_note = f"{spent:.1f} s of {s['wall_seconds']:.0f} s"
     first = ("Validation, bits per byte", _show(bits, ".3f"), floor_note if bits is not None else "not recorded")
-    pace = ("Tokens per second", _show(speed, ",.0f"), "median" if speed is not None else "not recorded")
-    if (psnr := run.last("val/psnr")) is not None:
-        first, pace = _of_views(run, psnr)
+    pace = ("Tokens per second", _show(speed, ",.0f"), "median") if speed is not None else _step_time(run)
+    if bits is None:
+        first = next((_quality(run, *task) for task in _QUALITIES if run.has(task[1])), first)
     return [
         first,
         (
@@ -117,13 +117,23 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     ]
 
 
-def _of_views(run: Run, psnr: float) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
-    """Return what stands in the first and the fourth place where views are rendered: quality, and seconds a step."""
-    notes = [("SSIM", "val/ssim", ".3f"), ("LPIPS", "val/lpips", ".3f"), ("depth error", "val/depth_mae", ".3f")]
-    note = ", ".join(f"{name} {run.last(key):{spec}}" for name, key, spec in notes if run.has(key))
+_QUALITIES = (
+    ("PSNR in dB", "val/psnr", ".2f", {"SSIM": "val/ssim", "LPIPS": "val/lpips", "depth error": "val/depth_mae"}),
+    ("pass@1", "val/pass@1", ".3f", {"greedy": "val/greedy", "reward": "reward"}),
+    ("NDCG@10", "val/ndcg@10", ".4f", {"HR@10": "val/hr@10"}),
+)
+"""What stands in the first place where no bits per byte are recorded: name, metric, format, and metrics of the note."""
+
+
+def _quality(run: Run, name: str, metric: str, spec: str, more: dict[str, str]) -> tuple[str, str, str]:
+    note = ", ".join(f"{label} {run.last(key):.3f}" for label, key in more.items() if run.has(key))
+    return f"Validation, {name}", _show(run.last(metric), spec), note
+
+
+def _step_time(run: Run) -> tuple[str, str, str]:
     steps, count = run.series("time/step_ms")[1], run.last("train/gaussians")
-    pace = _show(float(np.median(steps)) / 1000 if steps.size else None, ".3f")
-    return ("Validation, PSNR in dB", f"{psnr:.2f}", note), ("Seconds a step", pace, f"{count or 0:,.0f} Gaussians")
+    note = "median" if count is None else f"{count:,.0f} Gaussians"
+    return "Seconds a step", _show(float(np.median(steps)) / 1000 if steps.size else None, ".3f"), note
 
 
 def print_summary(run: Run, report: Path | None = None, console: Console | None = None) -> None:
