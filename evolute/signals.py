@@ -3,6 +3,7 @@
 Imports nothing heavy: a signal during the imports must be remembered, not die of.
 """
 
+import atexit
 import os
 import signal
 from types import FrameType
@@ -24,6 +25,7 @@ def listen() -> bool:
     if "SLURM_JOB_ID" in os.environ and not _listening:
         signal.signal(signal.SIGUSR1, _remember)
         signal.signal(signal.SIGTERM, _remember)
+        atexit.register(_ignore)
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         _listening = True
     return _listening
@@ -36,3 +38,9 @@ def told() -> bool:
 
 def _remember(number: int, frame: FrameType | None) -> None:
     _heard.append(number)
+
+
+def _ignore() -> None:
+    """All is done: Python would give both their default, death, for the second that it takes itself apart."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -137,6 +137,18 @@ def test_pools_in_a_job_can_still_end_their_workers():
     assert (done.stdout, done.stderr) == ("ended\n", "")
 
 
+@pytest.mark.parametrize("number", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_while_python_takes_itself_apart_does_not_undo_a_finished_run(number):
+    code = (
+        "import os, signal; from evolute.signals import listen; assert listen();"
+        "Late = type('Late', (), {'__del__': lambda self, kill=os.kill, pid=os.getpid(), "
+        f"number=signal.{number}: (kill(pid, number), print('sent'))}}); late = Late()"
+    )
+    environment = {**os.environ, "SLURM_JOB_ID": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "sent\n"), done.stderr
+
+
 def test_outside_a_job_sigterm_is_not_ours(evolute: Server, corpus, tmp_path):  # noqa: F811
     recipe(tmp_path, corpus, **SLOW)
     pid = evolute.start("fit", "--config", "tiny.yaml", "--run", "run", cwd=tmp_path)
