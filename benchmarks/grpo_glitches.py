@@ -89,6 +89,7 @@ class Plan(NamedTuple):
         multiple: of the clean quantile, for thresholds.
         optimizer: name of it.
         normalised: GRPO's own advantages, (R - mean) / deviation of the group, instead of R - median.
+        prompts: a rollout, with 16 completions each.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class Plan(NamedTuple):
     multiple: float
     optimizer: str = "adamw"
     normalised: bool = False
+    prompts: int = 8
 
     def __str__(self) -> str:
         return f"{self.steps}-{self.lr:g}"
@@ -114,8 +116,9 @@ def train(
         warmup=0, schedule="constant", samples=0,
     )  # fmt: skip
     data = PromptDataModule(
-        "reasoning-gym/chain_sum", TASK, "chars:0123456789+-= ", "{metadata[expression]}=", 16, 8, 256, seed=0
-    )
+        "reasoning-gym/chain_sum", TASK, "chars:0123456789+-= ", "{metadata[expression]}=", 16, plan.prompts, 256,
+        seed=0,
+    )  # fmt: skip
     data.setup()
     data.seed = seed  # of order and draws; the split, and so the supervised start, stay
     with tempfile.TemporaryDirectory() as folder:

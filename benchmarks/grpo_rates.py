@@ -1,6 +1,6 @@
 """Does CAPO let a policy learn at rates that break it otherwise?
 
-.venv/bin/python benchmarks/grpo_rates.py [--seeds 2,3] [--steps 200]
+.venv/bin/python benchmarks/grpo_rates.py [--seeds 2,3] [--steps 200] [--optimizer adamw] [--prompts 2]
 
 The task and start of ``grpo_glitches.py``, without glitches, with GRPO's own normalised advantages, a grid of four
 learning rates for AdamW and for SGD with momentum. Arms: nothing, CAPO with the model of the optimizer, a random mask
@@ -67,12 +67,16 @@ def main() -> None:
     parser.add_argument("--seeds", default="2,3")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--multiple", type=float, default=1.5)
+    parser.add_argument("--optimizer", choices=list(RATES), help="this one alone")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts a rollout: fewer make noisier steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
     glitches.RESULTS = Path(__file__).parent / "results" / "grpo_rates"
-    for optimizer, rates in RATES.items():
-        for lr in rates:
-            plan = Plan(options.steps, lr, options.multiple, optimizer, normalised=True)
+    if options.prompts != 8:
+        glitches.RESULTS /= f"{options.prompts}-prompts"
+    for optimizer in [options.optimizer] if options.optimizer else RATES:
+        for lr in RATES[optimizer]:
+            plan = Plan(options.steps, lr, options.multiple, optimizer, normalised=True, prompts=options.prompts)
             print(f"{optimizer} at {lr:g}:")
             show({name: [arm(name, int(seed), plan) for seed in options.seeds.split(",")] for name in ARMS})
 
