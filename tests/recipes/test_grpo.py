@@ -343,7 +343,6 @@ def test_bad_input_is_one_line(arguments, said, tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_of_completions_reaches_wandb(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(tmp_path / "logged", 2, "--trainer.callbacks", json.dumps(CAPO), "--wandb", "true")
     tables = list((tmp_path / "logged").glob("wandb/**/media/table/completions*.table.json"))
