@@ -87,12 +87,14 @@ class Cluster:
     def power_off(self) -> None:
         """End everything on the node at once, as a power cut would, until SLURM has noticed.
 
-        All is frozen before any of it is killed: an srun that sees its tasks die asks slurmctld to signal the step, and
-        slurmctld repeats that for a node that does not answer, a minute later, to the same step of the next start.
+        All is frozen before any of it is killed, and srun is killed first: an srun that sees its tasks die, or that the
+        kernel wakes (SIGHUP, SIGCONT) because the parent of its stopped process group died, asks slurmctld to end the
+        step, and slurmctld repeats that for a node that does not answer, a minute later, to the same step of the next
+        start.
         """
         for signum in (signal.SIGSTOP, signal.SIGKILL):
             for _ in range(3):  # what was being started meanwhile as well
-                for pid, name in self.processes().items():
+                for pid, name in sorted(self.processes().items(), key=lambda item: item[1] != "srun"):
                     if name not in DAEMONS - {"slurmd"}:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signum)

@@ -174,6 +174,7 @@ def test_a_node_that_fails_continues_at_the_newest_whole_checkpoint(cluster, wor
     time.sleep(random.uniform(0, 0.5))
     cluster.power_off()
     assert len(rows(run.folder)) < STEPS
+    assert "srun:" not in run.text()  # dead at once: it asked slurmctld for nothing
     cluster.power_on()
     run.finished()
     assert cluster.show(run.job, "Restarts") == "1"
