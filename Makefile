@@ -29,7 +29,7 @@ demo-recommender: setup
 	@folder=runs/recommender-$$(date +%Y%m%d-%H%M%S); export OMP_NUM_THREADS=1; \
 	$(BIN)/evolute fit --config recommender/plain --run $$folder/plain > /dev/null & other=$$!; \
 	$(BIN)/evolute fit --config recommender/tf_llmer --run $$folder/tf_llmer && wait $$other && \
-	$(BIN)/evolute report $$folder/plain $$folder/tf_llmer
+	$(BIN)/evolute report $$folder/plain $$folder/tf_llmer --out $$folder/report.html
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --no-loadscope-reorder

@@ -8,6 +8,7 @@ from evolute.callbacks.gaussian_relocate import GaussianRelocate
 from evolute.callbacks.gsplat_strategy import GsplatStrategy
 from evolute.callbacks.item_embedding_norm import ItemEmbeddingNorm
 from evolute.callbacks.item_geometry import ItemGeometry
+from evolute.callbacks.item_init import ItemInit
 from evolute.callbacks.layer_monitor import LayerMonitor
 from evolute.callbacks.metrics_csv import MetricsCSV
 from evolute.callbacks.noise_adaptive_lr import NoiseAdaptiveLR
@@ -31,6 +32,7 @@ __all__ = [
     "GsplatStrategy",
     "ItemEmbeddingNorm",
     "ItemGeometry",
+    "ItemInit",
     "LayerMonitor",
     "MetricsCSV",
     "NoiseAdaptiveLR",

@@ -1,6 +1,6 @@
 """Item vectors of one length: the condition under which the softmax loss has bounded curvature in the query."""
 
-import functools
+import itertools
 import math
 import re
 from typing import Any, Literal, cast
@@ -18,7 +18,18 @@ from typing_extensions import override
 
 from evolute.callbacks.access import Action, Backend, OptimizerStep, Stage, attach, backend_for, detach, recover
 from evolute.callbacks.access import stepping as about_to_step
-from evolute.callbacks.named import ITEMS, QUERIES, matrix_of, modules_named, tables_named
+from evolute.callbacks.item_init import ItemInit
+from evolute.callbacks.named import (
+    ITEMS,
+    QUERIES,
+    make_plain,
+    matrix_of,
+    modules_named,
+    parametrizations,
+    sharing,
+    tables_named,
+    when_built,
+)
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record
 from evolute.geometry import unit_rows
@@ -154,19 +165,10 @@ class ItemEmbeddingNorm(Callback):
             )
         if stage == "fit" and not pl_module.automatic_optimization:
             raise MisconfigurationException("ItemEmbeddingNorm does not support manual optimisation")
-        late = type(pl_module).configure_model is not L.LightningModule.configure_model
-        if not late or any(True for _ in tables_named(pl_module, self.target)):
-            self.install(pl_module)
-            return
-        own = pl_module.configure_model
-
-        @functools.wraps(own)
-        def configure_then_install() -> None:
-            pl_module.__dict__.pop("configure_model", None)
-            own()
-            self.install(pl_module)
-
-        pl_module.__dict__["configure_model"] = configure_then_install
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, ItemInit):  # tables are filled before they are normalised, whatever comes first
+                other.setup(trainer, pl_module, stage)
+        when_built(pl_module, self.target, lambda: self.install(pl_module))
 
     def install(self, module: nn.Module) -> None:
         """Normalise the item vectors of a module, as :meth:`setup` does; a second call changes nothing.
@@ -203,12 +205,18 @@ class ItemEmbeddingNorm(Callback):
         if weight is None or self.mode == "hook" or self.where == "input":
             self._handles.append(child.register_forward_hook(_unit_output))
         elif self.mode == "project":
+            if parametrizations(child):
+                raise MisconfigurationException(
+                    "ItemEmbeddingNorm(mode='project'): the weight is made by an adapter, and what is stored is not "
+                    "what the model uses: use mode='parametrize'"
+                )
             with torch.no_grad():
                 weight.copy_(unit_rows(weight, padding))
-        elif not parametrize.is_parametrized(child, "weight"):
-            self._rescale(weight, padding)
+        elif not any(isinstance(p, UnitRows) for p in parametrizations(child)):
+            if not parametrizations(child):
+                self._rescale(weight, padding)
             # Whatever shares the weight, a tied head, goes on sharing it.
-            for other in [m for m in module.modules() if m._parameters.get("weight") is weight]:
+            for other in sharing(module, weight):
                 parametrize.register_parametrization(other, "weight", UnitRows(padding))
         if self.where == "output":
             self._handles.append(child.register_forward_hook(_raw_lookup))
@@ -296,12 +304,7 @@ class ItemEmbeddingNorm(Callback):
             handle.remove()
         for _, child in tables_named(module, self.target):
             if parametrize.is_parametrized(child, "weight"):
-                stored = matrix_of(child)
-                sharing = [m for m in module.modules() if matrix_of(m) is stored]
-                for other in sharing:
-                    parametrize.remove_parametrizations(other, "weight", leave_parametrized=True)
-                for other in sharing[1:]:
-                    other.weight = sharing[0].weight
+                make_plain(module, child)
             elif matrix_of(child) is not None and not self._off:
                 weight = cast(Tensor, child.weight)
                 with torch.no_grad():
@@ -347,11 +350,13 @@ class _UnitQuery:
 
 
 def _raw_lookup(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Look the rows up as they are stored."""
-    stored = matrix_of(module)
-    if stored is None or not isinstance(module, nn.Embedding):
+    """Look the rows up as they are before normalisation."""
+    rows: Any = matrix_of(module)
+    if rows is None or not isinstance(module, nn.Embedding):
         return output
-    return F.embedding(args[0], stored, module.padding_idx)
+    for made in itertools.takewhile(lambda p: not isinstance(p, UnitRows), parametrizations(module)):
+        rows = made(rows)
+    return F.embedding(args[0], rows, module.padding_idx)
 
 
 def _unit_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -186,8 +186,9 @@ class ItemGeometry(Callback):
             ids = torch.arange(n or 0, device=self._module.device)
             return torch.func.functional_call(module, own, (ids,)) if own else module(ids)
         if parametrize.is_parametrized(module, "weight"):
-            stored = own.get("parametrizations.weight.original")
-            table: Any = module.weight if stored is None else module.parametrizations.weight[0](stored)
+            made, prefix = module.parametrizations.weight, "parametrizations.weight."
+            own = {k.removeprefix(prefix): w for k, w in own.items() if k.startswith(prefix)}
+            table: Any = torch.func.functional_call(made, own, ()) if own else module.weight
         else:
             table = own.get("weight", module.weight)
         if n is None:

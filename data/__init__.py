@@ -2,7 +2,7 @@
 
 from evolute.data.completions import CompletionDataModule
 from evolute.data.interactions import InteractionDataModule
-from evolute.data.item_vectors import ItemVectors, encode_items, encode_texts, read_vectors, write_vectors
+from evolute.data.item_vectors import ItemVectors, encode_items, encode_texts
 from evolute.data.movielens import movielens_folder, set_up_movielens
 from evolute.data.packing import PackedWindows, bigram_floor, split_documents
 from evolute.data.prompts import PromptDataModule
@@ -32,8 +32,6 @@ __all__ = [
     "encode_texts",
     "load_tokenizer",
     "movielens_folder",
-    "read_vectors",
     "set_up_movielens",
     "split_documents",
-    "write_vectors",
 ]

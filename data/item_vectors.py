@@ -15,8 +15,8 @@ from torch import Tensor
 
 from evolute.data.movielens import cache_folder
 from evolute.data.tokenizers import one_line
+from evolute.geometry import VECTOR_FILES, vectors_of
 
-FILES = (".npy", ".parquet", ".safetensors")
 CHUNK = 256
 """Texts encoded, and saved, at once."""
 
@@ -50,13 +50,8 @@ def encode_items(source: str, names: Sequence[str], texts: Mapping[str, str]) ->
         ValueError: if a vector is not finite, an item is missing from a file, or nothing has a text.
     """
     path = Path(source).expanduser()
-    if path.suffix in FILES:
-        found = read_vectors(path)
-        lacking = [name for name in names if name not in found[0]]
-        if lacking:
-            raise ValueError(f"{path}: holds no vector of item {lacking[0]!r} ({len(lacking)} of {len(names)} missing)")
-        place = {name: i for i, name in enumerate(found[0])}
-        return ItemVectors(torch.from_numpy(found[1][[place[name] for name in names]]), 0)
+    if path.suffix in VECTOR_FILES:
+        return ItemVectors(torch.from_numpy(vectors_of(path, names)), 0)
     having = [name for name in names if texts.get(name, "").strip()]
     if not having:
         raise ValueError(f"vectors={source!r}: no item has a text; name a table of items and its text_column")
@@ -180,66 +175,3 @@ def _transformer(name: str, batch: int = 32) -> Callable[[list[str]], NDArray[An
         return np.concatenate(out)
 
     return encode
-
-
-def read_vectors(path: Path) -> tuple[list[str], NDArray[np.float32]]:
-    """Return names and vectors [n, D] of a file, see :func:`encode_items`.
-
-    Raises:
-        FileNotFoundError: if it, or the names beside it, are not there.
-        ValueError: if counts differ, a name comes twice, or a value is not finite.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        names, table = _READERS[path.suffix](path)
-    except (FileNotFoundError, ImportError):
-        raise
-    except Exception as error:  # pyarrow's, safetensors' and numpy's own types
-        raise ValueError(f"{path}: cannot be read as vectors ({one_line(error)})") from error
-    if table.ndim != 2 or len(table) != len(names):
-        raise ValueError(f"{path}: {len(names)} names and vectors of shape {table.shape}; one a name is needed")
-    if len(set(names)) != len(names):
-        twice = next(n for i, n in enumerate(names) if n in names[:i])
-        raise ValueError(f"{path}: item {twice!r} comes twice")
-    if not np.isfinite(table).all():
-        bad = int(np.flatnonzero(~np.isfinite(table).all(1))[0])
-        raise ValueError(f"{path}: the vector of item {names[bad]!r} holds NaN or inf")
-    return names, table.astype(np.float32)
-
-
-def write_vectors(path: Path, names: Sequence[str], table: NDArray[Any]) -> None:
-    """Write vectors as .parquet with ``item_id`` and ``vector``, whole or not at all."""
-    import pyarrow
-    from pyarrow import parquet
-
-    flat = pyarrow.array(np.ascontiguousarray(table, np.float32).reshape(-1))
-    column = pyarrow.FixedSizeListArray.from_arrays(flat, table.shape[1])
-    part = path.with_name(path.name + ".part")
-    parquet.write_table(pyarrow.table({"item_id": pyarrow.array(list(names)), "vector": column}), part)
-    part.replace(path)
-
-
-def _npy(path: Path) -> tuple[list[str], NDArray[Any]]:
-    beside = path.with_name(path.name + ".ids")
-    if not beside.is_file():
-        raise FileNotFoundError(f"{beside}: the names of the vectors, one a line, are needed beside {path.name}")
-    return beside.read_text("utf-8").split("\n")[: len(np.load(path, mmap_mode="r"))], np.load(path)
-
-
-def _parquet(path: Path) -> tuple[list[str], NDArray[Any]]:
-    from pyarrow import parquet
-
-    table = parquet.read_table(path, columns=["item_id", "vector"]).to_pydict()
-    return [str(n) for n in table["item_id"]], np.asarray(table["vector"], np.float32)
-
-
-def _safetensors(path: Path) -> tuple[list[str], NDArray[Any]]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="np") as file:
-        names = json.loads((file.metadata() or {})["item_ids"])
-        return [str(n) for n in names], file.get_tensor("vectors")
-
-
-_READERS = {".npy": _npy, ".parquet": _parquet, ".safetensors": _safetensors}

@@ -65,8 +65,7 @@ def _write(a: Any) -> int:
     if out.suffix != ".parquet":
         raise ValueError(f"{out}: must end in .parquet")
     from evolute.data.interactions import InteractionDataModule
-    from evolute.data.item_vectors import write_vectors
-    from evolute.geometry import RecPCA, embedding_geometry
+    from evolute.geometry import RecPCA, embedding_geometry, write_vectors
 
     data = InteractionDataModule(
         a.source, a.user_column, a.item_column, a.time_column or None, vectors=a.vectors, items=a.items,

@@ -37,6 +37,9 @@ from evolute.geometry.curvature import (
     trace_samples,
 )
 from evolute.geometry.items import (
+    TABLE_METHODS,
+    VECTOR_FILES,
+    Adapter,
     Form,
     Histories,
     RecPCA,
@@ -47,9 +50,13 @@ from evolute.geometry.items import (
     embedding_geometry,
     initial_table,
     normalised_graph,
+    read_vectors,
     softmax_covariance,
+    text_adapter,
     total_variation,
     unit_rows,
+    vectors_of,
+    write_vectors,
 )
 from evolute.geometry.norms.lmo import Norm, batched_dual_norms, batched_lmo, dual_norm, lmo, norm_scale, nuclear_norm
 from evolute.geometry.norms.noise import noise_ema, noise_ratios
@@ -97,6 +104,9 @@ from evolute.geometry.steps import (
 )
 
 __all__ = [
+    "TABLE_METHODS",
+    "VECTOR_FILES",
+    "Adapter",
     "CriticalStep",
     "CurvatureOperator",
     "Diagonal",
@@ -172,6 +182,7 @@ __all__ = [
     "polar_express",
     "preconditioned",
     "predicted_shifts",
+    "read_vectors",
     "recomputed_spread",
     "relocated",
     "score_rest",
@@ -183,6 +194,7 @@ __all__ = [
     "split_threshold",
     "subset_neighbourhoods",
     "surface_variation",
+    "text_adapter",
     "texture_variation",
     "token_support",
     "top_eigenpairs",
@@ -190,4 +202,6 @@ __all__ = [
     "trace_samples",
     "unit_rows",
     "update_ratio",
+    "vectors_of",
+    "write_vectors",
 ]

@@ -20,6 +20,7 @@ from evolute.callbacks import (
     GsplatStrategy,
     ItemEmbeddingNorm,
     ItemGeometry,
+    ItemInit,
     LayerMonitor,
     NoiseAdaptiveLR,
     OpacityReset,
@@ -61,6 +62,7 @@ class Setting:
         neutral: those arguments.
         first: first measured step when every step is measured.
         every_step: it measures every step, and takes no ``every_n_steps``.
+        once: it acts before the first step, whoever optimises then, and records that at step 0.
         bad: argument values it must refuse, each alone.
         everywhere: arguments with which it measures the same whatever the number of processes.
         jumps: metrics that count or cut off at a threshold, so that the rounding of bfloat16 may move them anywhere;
@@ -79,6 +81,7 @@ class Setting:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     first: int = 0
     every_step: bool = False
+    once: bool = False
     bad: tuple[Mapping[str, Any], ...] = ()
     everywhere: Mapping[str, Any] = field(default_factory=dict)
     jumps: tuple[str, ...] = ()
@@ -87,6 +90,10 @@ class Setting:
     scene: bool = False
     float32: bool = False
     ends: bool = False
+
+    def every(self, n: int) -> dict[str, int]:
+        """Return the arguments that make it measure every ``n`` steps, where it can be told."""
+        return {} if self.every_step or self.once else {"every_n_steps": n}
 
 
 def _curvature(**kwargs: Any) -> Callback:
@@ -127,6 +134,10 @@ def _items(**kwargs: Any) -> Callback:
 
 def _unit_items(**kwargs: Any) -> Callback:
     return ItemEmbeddingNorm(**{"target": _HEADS, "query": None, "every_n_steps": 1, **kwargs})
+
+
+def _first_items(**kwargs: Any) -> Callback:
+    return ItemInit(**{"method": "random", "target": _HEADS, **kwargs})
 
 
 def _capo(**kwargs: Any) -> Callback:
@@ -270,6 +281,23 @@ SETTINGS: dict[str, Setting] = {
         "item_geometry/mean_cos",
         bad=({"every_n_steps": 0}, {"queries": 0}, {"sample": 0}, {"budget": 0.0}),
         everywhere={"query": None},  # each process would take its queries from its own part of the batch
+    ),
+    "ItemInit": Setting(
+        _first_items,
+        "item_init",
+        "item_init/row_norm",
+        intervention=True,
+        once=True,
+        neutral={"method": "keep"},
+        bad=(
+            {"method": "raw"},
+            {"form": "sum"},
+            {"trade_off": 2.0},
+            {"row_norm": 0.0},
+            {"target": "("},
+            {"first_row": -1},
+            {"control": True},
+        ),
     ),
     "ItemEmbeddingNorm": Setting(
         _unit_items,

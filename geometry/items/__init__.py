@@ -2,11 +2,15 @@
 
 from evolute.geometry.items.cooccurrence import Histories, cooccurrence_graph, normalised_graph
 from evolute.geometry.items.embedding import embedding_geometry, total_variation
+from evolute.geometry.items.files import VECTOR_FILES, read_vectors, vectors_of, write_vectors
 from evolute.geometry.items.rec_pca import Form, RecPCA
 from evolute.geometry.items.softmax import condition_number, effective_rank, softmax_covariance
-from evolute.geometry.items.tables import TableMethod, initial_table, unit_rows
+from evolute.geometry.items.tables import TABLE_METHODS, Adapter, TableMethod, initial_table, text_adapter, unit_rows
 
 __all__ = [
+    "TABLE_METHODS",
+    "VECTOR_FILES",
+    "Adapter",
     "Form",
     "Histories",
     "RecPCA",
@@ -17,7 +21,11 @@ __all__ = [
     "embedding_geometry",
     "initial_table",
     "normalised_graph",
+    "read_vectors",
     "softmax_covariance",
+    "text_adapter",
     "total_variation",
     "unit_rows",
+    "vectors_of",
+    "write_vectors",
 ]

@@ -3,14 +3,15 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evolute.geometry.items.rec_pca import Form, RecPCA
 
 TableMethod = Literal[
     "random", "gaussian", "truncate", "even", "variance", "random_projection", "pca", "whitened_pca", "rec_pca"
 ]
-METHODS: tuple[TableMethod, ...] = (
+Adapter = Literal["linear", "mlp"]
+TABLE_METHODS: tuple[TableMethod, ...] = (
     "random",
     "gaussian",
     "truncate",
@@ -57,8 +58,8 @@ def initial_table(
     Raises:
         ValueError: if the vectors are too narrow for the method, or not finite.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, METHODS))}")
+    if method not in TABLE_METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(map(repr, TABLE_METHODS))}")
     if not bool(vectors.isfinite().all()):
         bad = int((~vectors.isfinite().all(1)).nonzero()[0])
         raise ValueError(f"the vector of item {bad} holds NaN or inf")
@@ -96,6 +97,16 @@ def _made(
             return RecPCA(dim, 0.0, whiten=True).fit(x).transform(x)
         case "rec_pca":
             return RecPCA(dim, trade_off, form).fit(x, graph).transform(x)
+
+
+def text_adapter(kind: Adapter, wide: int, dim: int) -> nn.Module:
+    """Return the map of text vectors of width ``wide`` to item vectors of width ``dim`` that is trained with the model.
+
+    One linear map, or two with a GELU between them (hidden width ``2 dim``).
+    """
+    if kind == "linear":
+        return nn.Linear(wide, dim)
+    return nn.Sequential(nn.Linear(wide, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
 
 def unit_rows(table: Tensor, padding_idx: int | None = None, eps: float = 1e-12) -> Tensor:

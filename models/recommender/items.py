@@ -1,13 +1,13 @@
 """The item table: free, or made from frozen vectors by an adapter."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-Adapter = Literal["linear", "mlp"]
+from evolute.geometry import Adapter, text_adapter
 
 
 class ItemEmbedding(nn.Embedding):
@@ -37,7 +37,7 @@ class AdaptedItems(nn.Module):
     Args:
         vectors: [n, D].
         dim: width of the output.
-        adapter: one linear map, or two with a GELU between them (hidden width ``2 dim``).
+        adapter: see :func:`evolute.geometry.text_adapter`.
         freeze: do not train the vectors themselves.
         extra: see :class:`ItemEmbedding`.
     """
@@ -45,12 +45,7 @@ class AdaptedItems(nn.Module):
     def __init__(self, vectors: Tensor, dim: int, adapter: Adapter, freeze: bool = True, extra: int = 0) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors.clone(), requires_grad=not freeze)
-        width = vectors.shape[1]
-        self.adapter = (
-            nn.Linear(width, dim)
-            if adapter == "linear"
-            else nn.Sequential(nn.Linear(width, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        )
+        self.adapter = text_adapter(adapter, vectors.shape[1], dim)
         self.extra = nn.Parameter(0.02 * torch.randn(extra, dim)) if extra else None
         self.num_embeddings, self.embedding_dim, self.padding_idx = len(vectors) + 1 + extra, dim, len(vectors)
 

@@ -18,7 +18,7 @@ def work(tmp_path_factory):
     """A folder with a log, texts and a recipe."""
     folder = tmp_path_factory.mktemp("recommender")
     write_csv(folder / "log.csv", rows(users=40, items=30))
-    from evolute.data import write_vectors
+    from evolute.geometry import write_vectors
 
     table = np.random.default_rng(0).normal(size=(30, 12)).astype(np.float32) + 1
     write_vectors(folder / "v.parquet", [str(i) for i in range(30)], table)

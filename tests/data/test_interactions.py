@@ -9,10 +9,11 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from evolute.data import InteractionDataModule, encode_items, read_vectors, write_vectors
+from evolute.data import InteractionDataModule, encode_items
 from evolute.data import item_vectors as vectors_module
 from evolute.data.interaction_splits import make_log
 from evolute.data.interaction_tables import Events, read_events, read_items
+from evolute.geometry import read_vectors, write_vectors
 
 
 def rows(users=30, items=25, seed=0):

@@ -19,7 +19,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks.zero_checkpoint import layout, load_checkpoint
-from evolute.data import write_vectors
+from evolute.geometry import write_vectors
 from evolute.recipes.llm import Pretrain
 from evolute.recipes.llm.network import build
 from evolute.registry import recipes, strategies
