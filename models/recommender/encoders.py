@@ -28,14 +28,20 @@ class GRU4Rec(nn.Module):
         self.out = nn.Linear(hidden, dim)
 
     @override
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor, at: Tensor | None = None) -> Tensor:
         """Return [b, t, dim]: position ``t`` has seen inputs up to ``t``.
 
         Args:
             x: item vectors, [b, t, dim].
             real: which positions hold an item, [b, t]; padding is on the right, so nothing sees it.
+            at: one position of each sequence, [b]: only these are returned, [b, dim], at less cost.
         """
-        return self.out(self.gru(self.dropout(x))[0])
+        states = self.gru(self.dropout(x))[0]
+        return self.out(states if at is None else states[_rows(at), at])
+
+
+def _rows(at: Tensor) -> Tensor:
+    return torch.arange(len(at), device=at.device)
 
 
 class Block(nn.Module):
@@ -50,13 +56,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @override
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return [b, t, dim]; without a mask a position sees itself and what is before it."""
+    def forward(self, x: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
+        """Return [b, t, dim], or [b, 1, dim] at one position each; without a mask, one sees itself and those before."""
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm_a(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if at is not None:
+            x, q = x[_rows(at), at][:, None], q[_rows(at), :, at][:, :, None]
+            if mask is None:
+                mask = (torch.arange(t, device=at.device) <= at[:, None])[:, None, None]
         rate = self.rate if self.training else 0.0
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate, is_causal=mask is None)
-        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(b, t, d)))
+        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(b, -1, d)))
         return x + self.dropout(self.feed(self.norm_f(x)))
 
 
@@ -76,6 +86,8 @@ class _Transformer(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"heads={heads} must divide dim={dim}")
+        if layers < 1:
+            raise ValueError(f"layers={layers}: must be at least 1")
         self.scale = math.sqrt(dim)
         self.position = nn.Parameter(torch.empty(max_len + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, inner, dropout) for _ in range(layers))
@@ -88,11 +100,12 @@ class _Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def _encode(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _encode(self, x: Tensor, mask: Tensor | None, at: Tensor | None) -> Tensor:
         x = self.dropout(self.scale * x + self.position[: x.shape[1]])
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.head(self.norm(x))
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, at if i == last else None)  # the last one need not finish what nobody reads
+        return self.head(self.norm(x if at is None else x[:, 0]))
 
 
 class SASRec(_Transformer):
@@ -115,9 +128,9 @@ class SASRec(_Transformer):
     objective = "causal"
 
     @override
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Return [b, t, dim]; arguments as for :class:`GRU4Rec`."""
-        return self._encode(x, None)
+    def forward(self, x: Tensor, real: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return [b, t, dim], or [b, dim]; arguments as for :class:`GRU4Rec`."""
+        return self._encode(x, None, at)
 
 
 class BERT4Rec(_Transformer):
@@ -130,6 +143,6 @@ class BERT4Rec(_Transformer):
     extra = 1
 
     @override
-    def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        """Return [b, t, dim]; arguments as for :class:`GRU4Rec`."""
-        return self._encode(x, real[:, None, None, :])
+    def forward(self, x: Tensor, real: Tensor, at: Tensor | None = None) -> Tensor:
+        """Return [b, t, dim], or [b, dim]; arguments as for :class:`GRU4Rec`."""
+        return self._encode(x, real[:, None, None, :], at)

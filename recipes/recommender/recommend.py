@@ -247,8 +247,7 @@ class Recommend(L.LightningModule):
             real, at = items != n, length
         else:
             real, at = items < n, length - 1
-        encoded = self.encoder(self.item_emb(items), real)
-        return encoded[torch.arange(len(items), device=items.device), at], all_items(self.item_emb)
+        return self.encoder(self.item_emb(items), real, at), all_items(self.item_emb)
 
     def _rank(self, batch: dict[str, Tensor]) -> None:
         with parametrize.cached():

@@ -139,6 +139,16 @@ def test_encoders_see_no_padding_and_causal_ones_no_future(make):
     assert same == (encoder.objective == "causal")
 
 
+@pytest.mark.parametrize("make", [GRU4Rec, SASRec, BERT4Rec])
+def test_one_position_alone_is_what_it_is_among_all(make):
+    torch.manual_seed(0)
+    encoder = make(8).double().eval()
+    x, length = torch.randn(5, 6, 8, dtype=torch.float64), torch.tensor([1, 2, 4, 5, 6])
+    real, at = torch.arange(6) < length[:, None], length - 1
+    whole = encoder(x, real)
+    torch.testing.assert_close(encoder(x, real, at), whole[torch.arange(5), at])
+
+
 def test_a_tied_transformer_starts_by_repeating_unless_it_has_a_head():
     """Under cosine logits the residual stream alone makes the last item the first guess."""
     torch.manual_seed(0)
