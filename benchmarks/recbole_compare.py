@@ -8,9 +8,9 @@
 Leave-one-out, ties in file order, full ranking over all 1,682 items, seen ones kept, d = 64, cross entropy over all
 items. RecBole runs with its own hyper-parameters for ten epochs; it is given the place of an event in its history for a
 time, so that its order is ours (it keeps times in float32, steps of 64 s; of the file as it comes, 4 of the 943 test
-items are others). Ours runs until validation has not risen for ten epochs, with the rates of tf_llmer.py. Seconds are of processor time; an epoch's are
-of training alone, an evaluation's of one call of each side's own ``evaluate`` and ``Trainer.test``. One JSON a run in
-results/recbole.
+items are others). Ours runs until validation has not risen for ten epochs, with the rates of tf_llmer.py. Seconds are
+of processor time; an epoch's are of training alone, an evaluation's of one call of each side's own ``evaluate`` and
+``Trainer.test``. One JSON a run in results/recbole.
 
 Bars, against each of our arms: a tenth of the CPU time an epoch, evaluation as fast, peak memory as small (all of the
 process, and over its imports), NDCG@10 as high within RecBole's CPU time and at our best validation epoch.
