@@ -49,7 +49,11 @@ def curvlinops_operator(problem: Problem) -> Any:
 
 
 def eigenthings(problem: Problem, budget: int) -> Found:
-    """hessian-eigenthings: ``budget`` Lanczos steps with full reorthogonalisation, exact products."""
+    """hessian-eigenthings: ``budget`` Lanczos steps with full reorthogonalisation, exact products.
+
+    With a budget of 0, as one runs it who does not know the number: from its default of 20 steps, twice as many each
+    time, until it says that all ten have converged. It cannot go on from where it stopped.
+    """
     return _eigenthings(problem, budget, "autograd")
 
 
@@ -66,8 +70,13 @@ def eigenthings_operator(problem: Problem, method: str = "autograd") -> Any:
 
 def _eigenthings(problem: Problem, budget: int, method: str) -> Found:
     lanczos = importlib.import_module("hessian_eigenthings").lanczos
-    found = lanczos(eigenthings_operator(problem, method), k=K, max_iter=budget, tol=TOL, reorthogonalize=True, seed=0)
-    return Found(found.eigenvalues, found.eigenvectors.T, found.iterations)
+    operator, steps = eigenthings_operator(problem, method), 0
+    for size in (budget,) if budget else (20, 40, 80, 160):
+        found = lanczos(operator, k=K, max_iter=size, tol=TOL, reorthogonalize=True, seed=0)
+        steps += found.iterations
+        if bool(found.converged.all()):
+            break
+    return Found(found.eigenvalues, found.eigenvectors.T, steps)
 
 
 def pyhessian(problem: Problem, budget: int) -> Found:
