@@ -100,10 +100,10 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
         spent_note = f"{spent:.1f} s in all; time/step_ms not recorded"
     else:
         spent_note = f"{spent:.1f} s of {s['wall_seconds']:.0f} s"
-    first = ("Validation, bits per byte", _show(bits, ".3f"), floor_note if bits is not None else "not recorded")
+    first = ("Validation, bits per byte", _show(bits, ".3f"), floor_note)
     pace = ("Tokens per second", _show(speed, ",.0f"), "median") if speed is not None else _step_time(run)
     if bits is None:
-        first = next((_quality(run, *task) for task in _QUALITIES if run.has(task[1])), first)
+        first = next((_quality(run, *task) for task in _QUALITIES if run.has(task[1])), ("Validation", "–", "none yet"))
     return [
         first,
         (

@@ -7,7 +7,7 @@ import pytest
 
 from evolute.reports import load_run, load_runs, summary
 from evolute.reports.run import nonfinite
-from evolute.reports.summary import callback_seconds, threshold_metric, wall_seconds
+from evolute.reports.summary import callback_seconds, headline, threshold_metric, wall_seconds
 
 
 def write(folder, text, **files):
@@ -149,3 +149,12 @@ def test_values_survive_with_full_precision(tmp_path):
     run = load_run(write(tmp_path, "step,x\n" + "".join(f"{i},{v!r}\n" for i, v in enumerate(values.tolist()))))
     assert np.array_equal(run.series("x")[1], values)
     assert math.isclose(run.last("x") or 0.0, values[-1])
+
+
+def test_the_first_number_is_that_of_the_task_once_it_was_validated(tmp_path):
+    early = load_run(write(tmp_path / "early", "step,train/loss\n0,2\n"))
+    assert headline(early)[0] == ("Validation", "–", "none yet")
+    splat = load_run(write(tmp_path / "splat", "step,train/loss,val/psnr,val/ssim\n0,2,,\n9,1,27.912,.8\n"))
+    assert headline(splat)[0] == ("Validation, PSNR in dB", "27.91", "SSIM 0.800")
+    text = load_run(write(tmp_path / "text", "step,val/bits_per_byte\n9,1.5\n"))
+    assert headline(text)[0] == ("Validation, bits per byte", "1.500", "bigram floor of the corpus not known")
