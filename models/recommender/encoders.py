@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 from typing_extensions import override
 
 
@@ -36,8 +37,11 @@ class GRU4Rec(nn.Module):
             real: which positions hold an item, [b, t]; padding is on the right, so nothing sees it.
             at: one position of each sequence, [b]: only these are returned, [b, dim], at less cost.
         """
-        states = self.gru(self.dropout(x))[0]
-        return self.out(states if at is None else states[_rows(at), at])
+        if at is None:
+            return self.out(self.gru(self.dropout(x))[0])
+        # The state there is the last one of a sequence that ends there: what comes later is not run through.
+        until = pack_padded_sequence(self.dropout(x), (at + 1).cpu(), batch_first=True, enforce_sorted=False)
+        return self.out(self.gru(until)[1][-1])
 
 
 def _rows(at: Tensor) -> Tensor:
