@@ -85,7 +85,8 @@ class ItemEmbeddingNorm(Callback):
         where: ``"both"`` sides of a tied table, ``"output"`` (inputs look up the rows as they are), ``"input"`` (only
             looked-up rows are normalised), or ``"none"``: nothing is.
         mode: ``"parametrize"``: the weight is a function of the stored one, for every use of it; ``"hook"``: looked-up
-            rows are normalised, for tables too large to go through at each step, or sharded; ``"project"``: the stored
+            rows are normalised, for tables too large to go through at each step, or sharded, and models that look up
+            the rows they score (see :func:`scored_by_lookup`); ``"project"``: the stored
             rows are brought back to length after each optimizer step, moments untouched.
         temperature: ``tau``.
         learn_temperature: train ``log(1 / tau)``, at most 100; a parameter ``item_norm_log_scale`` of the module.
@@ -132,8 +133,8 @@ class ItemEmbeddingNorm(Callback):
                 raise MisconfigurationException(
                     f"{who}({name}={pattern!r}): no regular expression ({error})"
                 ) from error
-        if where == "output" and mode != "parametrize":
-            raise MisconfigurationException(f"{who}(where='output', mode={mode!r}): needs mode='parametrize'")
+        if (where == "output" and mode != "parametrize") or (where == "input" and mode == "project"):
+            raise MisconfigurationException(f"{who}(where={where!r}, mode={mode!r}): needs mode='parametrize'")
         self.target, self.query = target, query
         self.where, self.mode = where, mode
         self.temperature, self.learn_temperature = temperature, learn_temperature
@@ -203,7 +204,7 @@ class ItemEmbeddingNorm(Callback):
         weight = matrix_of(child)
         padding = getattr(child, "padding_idx", None)
         if weight is None or self.mode == "hook" or self.where == "input":
-            self._handles.append(child.register_forward_hook(_unit_output))
+            self._handles.append(child.register_forward_hook(_UnitLookup(self.where == "both")))
         elif self.mode == "project":
             if parametrizations(child):
                 raise MisconfigurationException(
@@ -359,5 +360,16 @@ def _raw_lookup(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return F.embedding(args[0], rows, module.padding_idx)
 
 
-def _unit_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return unit_rows(output)
+class _UnitLookup:
+    """A forward hook that normalises looked-up rows; ``scored``: those that meet a query as well."""
+
+    def __init__(self, scored: bool) -> None:
+        self.scored = scored
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return unit_rows(output)
+
+
+def scored_by_lookup(module: nn.Module) -> bool:
+    """Say whether a table is normalised as its rows are looked up, so that a model must look up those it scores."""
+    return any(isinstance(hook, _UnitLookup) and hook.scored for hook in module._forward_hooks.values())

@@ -10,11 +10,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from evolute.callbacks.access import Action, OptimizerStep, Stage, attach, backend_for, detach, stepping
+from evolute.callbacks.item_embedding_norm import scored_by_lookup
 from evolute.callbacks.named import ITEMS, QUERIES, modules_named, tables_named
 from evolute.callbacks.pace import Pace
 from evolute.callbacks.record import record, record_arrays, run_folder
@@ -182,13 +183,16 @@ class ItemGeometry(Callback):
         n: int | None = getattr(module, "padding_idx", None)
         name = next(name for name, child in self._module.named_modules() if child is module) + "."
         own = {k.removeprefix(name): w for k, w in (whole or {}).items() if k.startswith(name)}
-        if not isinstance(getattr(module, "weight", None), Tensor):
-            ids = torch.arange(n or 0, device=self._module.device)
-            return torch.func.functional_call(module, own, (ids,)) if own else module(ids)
-        if parametrize.is_parametrized(module, "weight"):
-            made, prefix = module.parametrizations.weight, "parametrizations.weight."
+        looked_up = isinstance(module, nn.Embedding) and scored_by_lookup(module)
+        if looked_up or not isinstance(getattr(module, "weight", None), Tensor):
+            rows: int = module.num_embeddings if looked_up else n or 0
+            ids = torch.arange(rows, device=self._module.device)
+            table: Any = torch.func.functional_call(module, own, (ids,)) if own else module(ids)
+        elif parametrize.is_parametrized(module, "weight"):
+            held: Any = module.parametrizations
+            made, prefix = held.weight, "parametrizations.weight."
             own = {k.removeprefix(prefix): w for k, w in own.items() if k.startswith(prefix)}
-            table: Any = torch.func.functional_call(made, own, ()) if own else module.weight
+            table = torch.func.functional_call(made, own, ()) if own else made()
         else:
             table = own.get("weight", module.weight)
         if n is None:

@@ -96,9 +96,10 @@ def read_events(
     if file is not None and file.name in ("u.data", "ratings.dat", "ratings.csv"):
         columns = {"user": "user", "item": "item", "time": time and "time", "rating": rating and "rating"}
     read = {what: _column(table, name, str(file or source)) for what, name in columns.items() if name is not None}
+    hint = "; time_column: null takes the order of the file instead"
     for what in ("time", "rating"):
         if what in read:
-            read[what] = _numbers(read[what], columns[what] or what, str(file or source))
+            read[what] = _numbers(read[what], columns[what] or what, str(file or source), hint * (what == "time"))
     users, items = (_names(read[what], columns[what] or what, str(file or source)) for what in ("user", "item"))
     if len(users) == 0:
         raise ValueError(f"{file or source}: holds no interactions")
@@ -121,18 +122,26 @@ def _find_events(source: str, path: Path, split: str) -> tuple[Path | None, Any]
     return None, _dataset(source, path, split)
 
 
-def read_items(source: str, text: str | None = None, item: str = "item_id") -> ItemTexts:
+def read_items(
+    source: str,
+    text: str | None = None,
+    item: str = "item_id",
+    title: str | None = None,
+    genre: str | None = None,
+) -> ItemTexts:
     """Read titles, genres and texts of items; a source without them gives empty ones.
 
-    The text is ``template`` filled in: ``"{title} ({year}). Genres: {genres}"`` for MovieLens, or the column ``text``.
+    The text is ``"{title} ({year}). Genres: {genres}"`` for MovieLens, or the column ``text``.
 
     Args:
         source: as for :func:`read_events`, or a table of items of its own with a column ``item``.
         text: column of a table of items that holds the text.
         item: column of a table of items that holds the name.
+        title: column of titles; None takes the beginning of the text.
+        genre: column of genres, the first word of which counts, for colours.
 
     Raises:
-        ValueError: if the table has no such column.
+        ValueError: if the table has no such column, or two texts of one item.
     """
     path = movielens_folder() if source == "ml-100k" else Path(source).expanduser()
     if path.is_dir():
@@ -141,13 +150,24 @@ def read_items(source: str, text: str | None = None, item: str = "item_id") -> I
                 return reader(path / name)
         found = sorted(path.glob("*.item"))
         return _movie_rows(read_table(found[0]), str(found[0])) if found else ItemTexts({}, {}, {})
-    if text is None:
+    if text is None and title is None and genre is None:
         return ItemTexts({}, {}, {})
     table = read_table(path)
-    names = _names(_column(table, item, source), item, source)
-    texts = ["" if t is None else str(t) for t in _column(table, text, source)]
-    known = {n: t for n, t in zip(names.tolist(), texts, strict=True) if t.strip()}
-    return ItemTexts({n: t.splitlines()[0][:60] for n, t in known.items()}, known, {})
+    names = _names(_column(table, item, source), item, source).tolist()
+
+    def known(column: str | None) -> dict[str, str]:
+        if column is None:
+            return {}
+        texts = [str(t).strip() if t is not None else "" for t in _column(table, column, source)]
+        found: dict[str, str] = {}
+        for row, (name, value) in enumerate(zip(names, texts, strict=True), 1):
+            if value and found.setdefault(name, value) != value:
+                raise ValueError(f"{source}: item {name!r} has another {column!r} in row {row}: keep one row an item")
+        return found
+
+    texts = known(text)
+    titles = known(title) or {n: t.splitlines()[0][:60] for n, t in texts.items()}
+    return ItemTexts(titles, texts, {n: g.split()[0] for n, g in known(genre).items()})
 
 
 def read_table(path: Path) -> Any:
@@ -289,23 +309,22 @@ def _names(values: Array, column: str, place: str) -> Array:
     return values.astype(str)
 
 
-def _numbers(values: Array, column: str, place: str) -> NDArray[np.float64]:
+def _numbers(values: Array, column: str, place: str, hint: str) -> NDArray[np.float64]:
     """Return numbers; dates become seconds."""
     if values.dtype.kind == "M":
-        _refuse_missing(np.isnat(values), column, place)
+        _refuse_missing(np.isnat(values), column, place, hint)
         return values.astype("datetime64[us]").astype(np.int64) / 1e6
     try:
         numbers = np.array([math.nan if v is None else float(v) for v in values.tolist()])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: column {column!r} holds {one_line(error)}, numbers are needed") from error
-    _refuse_missing(~np.isfinite(numbers), column, place)
+    _refuse_missing(~np.isfinite(numbers), column, place, hint)
     return numbers
 
 
-def _refuse_missing(missing: NDArray[np.bool_], column: str, place: str) -> None:
+def _refuse_missing(missing: NDArray[np.bool_], column: str, place: str, hint: str = "") -> None:
     if missing.any():
         raise ValueError(
             f"{place}: column {column!r} has no value in {int(missing.sum())} of {len(missing)} rows, first in row "
-            f"{int(np.flatnonzero(missing)[0]) + 1}: fill or drop them"
-            + ("; time: null takes the order of the file instead" if "time" in column else "")
+            f"{int(np.flatnonzero(missing)[0]) + 1}: fill or drop them{hint}"
         )

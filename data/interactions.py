@@ -65,6 +65,8 @@ class InteractionDataModule(ResumablePlace):
             folder of a model, or a .npy, .parquet or .safetensors file; None for none.
         items: table of items (csv, jsonl, parquet) for texts, where the source has none of its own.
         text_column: its column of texts.
+        title_column: of titles, for the report and what is served; None takes the beginning of the text.
+        genre_column: of genres, for the map in the report.
         hold_out_items: share of items, drawn by ``seed``, whose events leave the training histories: cold items.
         window: of the co-occurrence graph; None for whole histories.
         neighbours: neighbours an item in the graph.
@@ -98,6 +100,8 @@ class InteractionDataModule(ResumablePlace):
         vectors: str | None = None,
         items: str | None = None,
         text_column: str | None = None,
+        title_column: str | None = None,
+        genre_column: str | None = None,
         hold_out_items: float = 0.0,
         window: int | None = 5,
         neighbours: int | None = 50,
@@ -136,16 +140,20 @@ class InteractionDataModule(ResumablePlace):
             train, valid, test = leave_one_out(log)
         else:
             train, valid, test = by_time(log, a.valid_fraction, a.test_fraction)
-        self.texts = read_items(a.items or a.source, a.text_column, a.item_column)
+        self.texts = read_items(a.items or a.source, a.text_column, a.item_column, a.title_column, a.genre_column)
         self._train_ends, self._held = train, {"valid": valid, "test": test}
         self.cold = self._cold(len(log.item_names))
         self.log = log
         pieces = Pieces(self.train_histories, a.max_len, self.n_items)
         users = len(log.user_names)
         if not len(valid.users) or not len(pieces):
+            why = (
+                "an event between two others" if a.split == "leave_one_out" else "events on both sides of the first cut"
+            )
+            why = f"has {why}" if not len(valid.users) else "has two events left to train on"
             raise ValueError(
                 f"{events.place}: {len(log.items)} interactions of {users} users are too few to split by "
-                f"{a.split!r}: no user has three events in order"
+                f"{a.split!r}: no user {why}"
             )
         self._pieces = pieces
         few = users - len(valid.users)
@@ -153,7 +161,7 @@ class InteractionDataModule(ResumablePlace):
             f"interactions {a.source}: {len(log.items):,} of {users:,} users with {self.n_items:,} items"
             + "".join(f"; {note}" for note in log.notes)
             + f"; equal times in order of {a.ties}; split {a.split}"
-            + (f" ({few} users with too few events train only)" if few else "")
+            + (f" ({few:,} users have nothing to be validated on and train only)" if few else "")
         )
 
     def _cold(self, n_items: int) -> np.ndarray[Any, Any]:

@@ -101,17 +101,26 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def flatten(tree: Mapping[str, Any], head: str = "") -> dict[str, str]:
-    """Return nested mappings and lists as dotted key -> text."""
+    """Return nested mappings and lists as dotted key -> text; objects of a list go by their class, others by place."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         name = f"{head}{key}"
         if isinstance(value, list):
-            value = {str(place): item for place, item in enumerate(cast("list[Any]", value))}
+            value = _by_name(cast("list[Any]", value))
         if isinstance(value, dict) and value:
             flat |= flatten(cast("dict[str, Any]", value), f"{name}.")
         else:
             flat[name] = "" if value is None else str(value)
     return flat
+
+
+def _by_name(items: list[Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for place, item in enumerate(items):
+        path = item.get("class_path") if isinstance(item, dict) else None
+        name = str(path).rpartition(".")[2] if path else str(place)
+        named[name if name not in named else f"{name}.{place}"] = item
+    return named
 
 
 def page(title: str, header: str, main: str, footer: str) -> str:

@@ -37,6 +37,7 @@ def geometry(runs: Sequence[Run]) -> Figure:
         low, high = min(v.min() for v in values), max(v.max() for v in values)
         if log and low > 0 and high / low > 1.05:
             place.set_yscale("log")
+            style.log_labels(place.yaxis)
         elif log:
             place.set_ylim(0, 2 * high)
         style.label(place, style.STEP, text)
@@ -92,31 +93,44 @@ def _scatter(place: Any, table: NDArray[Any], genres: list[str] | None, name: st
 
 
 def neighbours(runs: Sequence[Run]) -> Figure:
-    """The nearest items of a few well-known ones, by cosine, before and after training."""
-    run = next((run for run in runs if tables(run) and item_names(run)), runs[0])
-    found, names = tables(run), item_names(run)
-    titles, counts = names.get("title", []), np.array(names.get("count", []), dtype=float)
-    figure, [[place]] = style.new_figure(1, 1, height=0.42 * SHOWN + 0.5)
-    style.label(place, "nearest by cosine")
-    place.set_axis_off()
-    if not found or not titles:
-        return figure
-    shown = _well_known(counts, names.get("genre", []))
+    """The nearest items of a few well-known ones, by cosine, before and after training, a table a run."""
+    chosen = [run for run in runs if tables(run) and item_names(run).get("title")]
+    height = 0.3 * SHOWN + 0.6
+    figure, grid = style.new_figure(max(len(chosen), 1), 1, height=height * max(len(chosen), 1))
+    for [place] in grid:
+        style.label(place, "nearest by cosine")
+        place.set_axis_off()
+    for run, [place] in zip(chosen, grid, strict=False):
+        _neighbours(place, run, item_names(run), run.name if len(runs) > 1 else "")
+    return figure
+
+
+def _neighbours(place: Any, run: Run, names: dict[str, Any], label: str) -> None:
+    titles, found = names["title"], tables(run)
+    shown = _well_known(np.array(names.get("count", []), dtype=float), names.get("genre", []))
     lists = {step: nearest(table, shown) for step, table in found.items()}
     cells = [
-        [_short(titles[item]), *("; ".join(_short(titles[j], 22) for j in lists[step][row]) for step in lists)]
+        [_short(titles[item]), *("; ".join(_short(titles[j]) for j in lists[step][row]) for step in lists)]
         for row, item in enumerate(shown)
     ]
     table = place.table(
         [[style.literal(c) for c in row] for row in cells],
-        colLabels=["item", *(f"nearest at step {step}" for step in lists)],
+        colLabels=[style.literal(label or "item"), *(f"nearest at step {step}" for step in lists)],
         colWidths=[0.18, *[0.82 / len(lists)] * len(lists)],
         cellLoc="left",
-        loc="center",
+        colLoc="left",
+        bbox=(0, 0, 1, 1),
+        edges="horizontal",
     )
     table.auto_set_font_size(False)
-    table.set_fontsize(6)
-    return figure
+    table.set_fontsize(7)
+    for (row, column), cell in table.get_celld().items():
+        cell.PAD = 0.02
+        cell.get_text().set_color(style.INK)
+        cell.set_edgecolor(style.MUTED)
+        cell.set_linewidth(0.5)
+        if row == 0 or column == 0:
+            cell.get_text().set_fontweight("bold")
 
 
 def nearest(table: NDArray[Any], items: Sequence[int], k: int = 3) -> list[list[int]]:

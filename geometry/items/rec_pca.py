@@ -37,8 +37,9 @@ class RecPCA:
       Dinkelbach's iteration.
     - ``"generalized"``: ``min tr(P^T B P)``, ``P^T S P = I`` with the same ``B``: the output is whitened.
 
-    ``lam = 0`` is the subspace of PCA in every form. The paper (arXiv 2604.20490) names the two terms, variance kept
-    and total variation; these three forms, and the interpolation by ``B``, are ours.
+    Directions that hold no variance (below 1e-8 of the largest) are never taken. ``lam = 0`` is the subspace of PCA in
+    every form. The paper (arXiv 2604.20490) names the two terms, variance kept and total variation; these three forms,
+    and the interpolation by ``B``, are ours.
 
     The vectors are read twice, in blocks of rows, and may be memory-mapped; sums are float64 whatever they are.
 
@@ -112,14 +113,13 @@ class RecPCA:
         self.mean_ = self._mean(x)
         s, t = self._moments(x, graph)
         self.iterations_ = 1
-        p, self.eigenvalues_ = self._solve(s, t)
+        spread = np.trace(s) / dims
+        p, self.eigenvalues_ = self._solve(s, t, spread)
         variances = np.einsum("ij,ij->j", p, s @ p)
-        if variances.min() <= NULL * variances.max():
-            empty = int((variances <= NULL * variances.max()).sum())
-            raise ValueError(
-                f"RecPCA(n_components={self.n_components}, trade_off={self.trade_off}): {empty} of them would hold no "
-                "variance; take fewer, or a smaller trade_off"
-            )
+        if variances.min() <= NULL * variances.max():  # empty directions cost no variation: leave them out
+            held = self._held(s)
+            p, self.eigenvalues_ = self._solve(held.T @ s @ held, held.T @ t @ held, spread)
+            p = held @ p
         if self.whiten and self.form != "generalized":
             p = p @ _inverse_root(p.T @ s @ p)
         p = p * np.sign(p[np.abs(p).argmax(0), np.arange(p.shape[1])])
@@ -221,11 +221,21 @@ class RecPCA:
             return small @ X[used].astype(np.float64) - np.outer(sums, self.mean_)
         return (half @ X).astype(np.float64) - np.outer(sums, self.mean_)
 
-    def _solve(self, s: Array, t: Array) -> tuple[Array, Array]:
+    def _held(self, s: Array) -> Array:
+        """Return an orthonormal basis [D, r] of the directions that hold variance."""
+        values, vectors = linalg.eigh(s)
+        held = values > NULL * max(values[-1], 1e-300)
+        if held.sum() < self.n_components:
+            raise ValueError(
+                f"RecPCA(n_components={self.n_components}): the vectors hold variance in {held.sum()} directions only"
+            )
+        return vectors[:, held]
+
+    def _solve(self, s: Array, t: Array, spread: float) -> tuple[Array, Array]:
         d, lam = self.n_components, self.trade_off
         if self.form == "difference":
             return _largest(s - lam * t, d)
-        b = lam * t + (1 - lam) * np.trace(s) / len(s) * np.eye(len(s))
+        b = lam * t + (1 - lam) * spread * np.eye(len(s))
         if self.form == "generalized":
             return self._generalized(s, b)
         p, values = _largest(s, d)
@@ -240,13 +250,8 @@ class RecPCA:
 
     def _generalized(self, s: Array, b: Array) -> tuple[Array, Array]:
         """Solve ``B v = mu S v`` for the smallest ``mu``, within the directions that hold variance."""
-        values, vectors = linalg.eigh(s)
-        held = values > NULL * values[-1]
-        if held.sum() < self.n_components:
-            raise ValueError(
-                f"RecPCA(n_components={self.n_components}): the vectors hold variance in {held.sum()} directions only"
-            )
-        white = vectors[:, held] / np.sqrt(values[held])
+        held = self._held(s)
+        white = held / np.sqrt(np.einsum("ij,ij->j", held, s @ held))
         p, mu = _largest(-(white.T @ b @ white), self.n_components)
         return white @ p, -mu
 

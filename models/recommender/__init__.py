@@ -2,7 +2,7 @@
 
 from evolute.models.recommender.collaborative import LightGCN, MatrixFactorization
 from evolute.models.recommender.encoders import BERT4Rec, GRU4Rec, SASRec
-from evolute.models.recommender.items import AdaptedItems, ItemEmbedding, all_items
+from evolute.models.recommender.items import AdaptedItems, ItemEmbedding, LookedUp, all_items
 from evolute.models.recommender.losses import LOSSES, Loss, cross_entropy, item_loss
 from evolute.models.recommender.ranking import ranking_metrics, target_ranks, top_items
 
@@ -13,6 +13,7 @@ __all__ = [
     "GRU4Rec",
     "ItemEmbedding",
     "LightGCN",
+    "LookedUp",
     "Loss",
     "MatrixFactorization",
     "SASRec",

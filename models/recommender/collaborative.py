@@ -79,4 +79,6 @@ def _tensor(matrix: Any) -> Tensor:
     # COO: its product has a gradient on every backend.
     coo = matrix.tocoo()
     index = torch.from_numpy(np.stack(coo.coords).astype(np.int64))
-    return torch.sparse_coo_tensor(index, torch.from_numpy(coo.data).float(), coo.shape).coalesce()
+    return torch.sparse_coo_tensor(
+        index, torch.from_numpy(coo.data).float(), coo.shape, check_invariants=False
+    ).coalesce()

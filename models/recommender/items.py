@@ -61,9 +61,27 @@ class AdaptedItems(nn.Module):
         return rows
 
 
-def all_items(items: Any) -> Tensor:
-    """Return the rows of all items, [n, d], as the model uses them: normalised, if something normalises them."""
+def all_items(items: Any, lookup: bool = False) -> Tensor:
+    """Return the rows of all items, [n, d], as the model uses them: normalised, if something normalises them.
+
+    Args:
+        items: an :class:`ItemEmbedding` or :class:`AdaptedItems`.
+        lookup: look them up, for what only hooks on a look-up do to them; their memory is that of the table again.
+    """
     n = items.padding_idx
-    if isinstance(items, nn.Embedding):
+    if isinstance(items, nn.Embedding) and not lookup:
         return items.weight[:n]
     return items(torch.arange(n, device=next(items.parameters()).device))
+
+
+class LookedUp:
+    """The rows of all items, for losses that want a few of them: ``len(rows)`` and ``rows[ids]``, never all."""
+
+    def __init__(self, items: Any) -> None:
+        self.items, self.device = items, next(items.parameters()).device
+
+    def __len__(self) -> int:
+        return self.items.padding_idx
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        return self.items(ids)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from evolute.models.recommender.items import LookedUp
+
 Loss = Literal["full", "sampled", "bce", "bpr"]
 LOSSES: tuple[Loss, ...] = ("full", "sampled", "bce", "bpr")
 LOGITS = 1 << 25
@@ -13,7 +15,12 @@ LOGITS = 1 << 25
 
 
 def item_loss(
-    loss: Loss, queries: Tensor, table: Tensor, targets: Tensor, negatives: int = 256, log_q: Tensor | None = None
+    loss: Loss,
+    queries: Tensor,
+    table: Tensor | LookedUp,
+    targets: Tensor,
+    negatives: int = 256,
+    log_q: Tensor | None = None,
 ) -> Tensor:
     """Return the mean loss of queries.
 
@@ -25,14 +32,14 @@ def item_loss(
     Args:
         loss: its name.
         queries: [m, d].
-        table: [n, d].
+        table: [n, d]; only ``"full"`` needs all of it.
         targets: item of each query, [m].
         negatives: how many are drawn.
         log_q: logarithms of the probabilities to draw items with, [n]; ``"sampled"`` and ``"bce"`` subtract them
             from the logits (Bengio and Senecal 2008), so that popular items are not punished for being drawn. None
             draws evenly.
     """
-    if loss == "full":
+    if isinstance(table, Tensor) and loss == "full":
         return cross_entropy(queries, table, targets)
     m, n = len(queries), len(table)
     count = negatives if loss == "sampled" else m * negatives

@@ -1,6 +1,6 @@
 """What a recommender writes, and what it asks of the data it serves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 NAME = "recommendations.parquet"
+ADVICE = "take the config.yaml of its run"
 
 
 def check_items(trained: Sequence[str], given: Sequence[str]) -> None:
@@ -27,6 +28,22 @@ def check_items(trained: Sequence[str], given: Sequence[str]) -> None:
                 "was trained on; use that source and the same filters"
             )
     raise ValueError("the data orders its items differently from the checkpoint")
+
+
+def check_table(checkpoint: Mapping[str, Any], model: Mapping[str, Any], callbacks: Sequence[Any]) -> None:
+    """Check that what normalised or adapted the item vectors in training is there again.
+
+    Raises:
+        ValueError: if it is not, or if it is there and was not in training.
+    """
+    saved = "".join(checkpoint.get("callbacks", {}))
+    for name in ("ItemInit", "ItemEmbeddingNorm"):
+        here = any(type(c).__name__ == name for c in callbacks)
+        keys = [{k for k in state if "parametrizations" in k} for state in (checkpoint["state_dict"], model)]
+        if name in saved and not here and (name == "ItemEmbeddingNorm" or keys[0] != keys[1]):
+            raise ValueError(f"the checkpoint was trained with {name}, and this configuration has none: {ADVICE}")
+        if here and name not in saved and keys[0] != keys[1]:
+            raise ValueError(f"the checkpoint was trained without {name}, and this configuration has it: {ADVICE}")
 
 
 def write_recommendations(trainer: Any, parts: Sequence[dict[str, Tensor]]) -> Path | None:

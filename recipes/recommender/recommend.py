@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from evolute.callbacks.item_embedding_norm import scored_by_lookup
 from evolute.geometry import Form, TableMethod, initial_table
 from evolute.models.recommender import (
     LOSSES,
     AdaptedItems,
     ItemEmbedding,
+    LookedUp,
     Loss,
     all_items,
     item_loss,
@@ -29,7 +32,7 @@ from evolute.models.recommender import (
 )
 from evolute.recipes.llm.schedules import Schedule, lr_factor
 from evolute.recipes.recommender.build import ENCODERS, EncoderName, build_encoder
-from evolute.recipes.recommender.output import check_items, write_recommendations
+from evolute.recipes.recommender.output import check_items, check_table, write_recommendations
 
 
 class Recommend(L.LightningModule):
@@ -137,6 +140,7 @@ class Recommend(L.LightningModule):
         self._ranks: list[Tensor] = []
         self._written: list[dict[str, Tensor]] = []
         self.ranks = torch.zeros(0, dtype=torch.long)
+        self._blank = False
 
     @override
     def configure_model(self) -> None:
@@ -151,7 +155,12 @@ class Recommend(L.LightningModule):
             counts = torch.from_numpy(data.train_counts).double() + 1
             self._log_q = (counts / counts.sum()).log().float() if a.log_q else None
         self.encoder = build_encoder(a.encoder, a.dim, a.n_users, data, a.encoder_args or {})
-        restored = self._trainer is not None and self._trainer.state.fn != TrainerFn.FITTING and a.adapter is None
+        fn = None if self._trainer is None else self._trainer.state.fn
+        self._blank = fn in (TrainerFn.TESTING, TrainerFn.PREDICTING)
+        if fn != TrainerFn.PREDICTING:
+            seen = "left out" if a.filter_seen else "kept in"
+            rank_zero_info(f"ranking all {a.n_items:,} items, those of the history {seen}")
+        restored = fn not in (None, TrainerFn.FITTING) and a.adapter is None
         if a.init == "random" or data is None or restored:
             vectors = torch.zeros(a.n_items, a.dim)
         else:
@@ -168,25 +177,31 @@ class Recommend(L.LightningModule):
         else:
             self.item_emb = ItemEmbedding(table, self.encoder.extra, a.freeze)
 
-    def queries(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _table(self, whole: bool = True) -> Any:
+        """Return the rows that are scored: all, or where a few are enough and hooks make them, those looked up."""
+        lookup = scored_by_lookup(self.item_emb)
+        return LookedUp(self.item_emb) if lookup and not whole else all_items(self.item_emb, lookup)
+
+    def queries(self, batch: dict[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
         """Return queries [m, d], the table they meet [n, d] and their targets [m], of a training batch."""
+        whole = self.loss_name == "full"
         items, n = batch["items"], self.item_emb.padding_idx
         match self.encoder.objective:
             case "causal":
                 inputs, targets = items[:, :-1], items[:, 1:]
                 chosen = targets < n
                 encoded = self.encoder(self.item_emb(inputs), inputs < n)
-                table = all_items(self.item_emb)
+                table = self._table(whole)
             case "masked":
                 items = items[:, 1:] if (items[:, 0] < n).all() else items[:, :-1]
                 chosen = (torch.rand(items.shape, device=items.device) < 0.2) & (items < n)
                 chosen[:, 0] |= ~chosen.any(1)
                 inputs, targets = items.masked_fill(chosen, n + 1), items
                 encoded = self.encoder(self.item_emb(inputs), items < n)
-                table = all_items(self.item_emb)
+                table = self._table(whole)
             case _:
                 chosen, targets = items < n, items
-                users, table = self.encoder(batch["user"], all_items(self.item_emb))
+                users, table = self.encoder(batch["user"], self._table())
                 encoded = users[:, None].expand(-1, items.shape[1], -1)
         return encoded[chosen], table, targets[chosen]
 
@@ -241,19 +256,33 @@ class Recommend(L.LightningModule):
         """Return one query a history [b, d] and the table it meets [n, d], of a batch to rank."""
         items, length, n = batch["items"], batch["length"], self.item_emb.padding_idx
         if self.encoder.objective == "user":
-            return self.encoder(batch["user"], all_items(self.item_emb))
+            return self.encoder(batch["user"], self._table())
         if self.encoder.objective == "masked":  # a mask after the last event
             items = F.pad(items, (0, 1), value=n).scatter(1, length[:, None], n + 1)
             real, at = items != n, length
         else:
             real, at = items < n, length - 1
-        return self.encoder(self.item_emb(items), real, at), all_items(self.item_emb)
+        return self.encoder(self.item_emb(items), real, at), self._table()
 
     def _rank(self, batch: dict[str, Tensor]) -> None:
         with parametrize.cached():
             queries, table = self.user_queries(batch)
             seen = batch["seen"] if self.hparams["filter_seen"] else None
             self._ranks.append(target_ranks(queries.float(), table.float(), batch["target"], seen))
+
+    @override
+    def on_test_model_eval(self) -> None:  # the last hook before anything starts
+        self._refuse_blank("test")
+        super().on_test_model_eval()
+
+    @override
+    def on_predict_model_eval(self) -> None:
+        self._refuse_blank("predict")
+        super().on_predict_model_eval()
+
+    def _refuse_blank(self, command: str) -> None:
+        if self._blank:
+            raise ValueError(f"{command}: the model has not been trained; name a checkpoint with --ckpt_path")
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -308,9 +337,13 @@ class Recommend(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         counts = checkpoint.get("nonfinite", {})
         self._nonfinite, self._nonfinite_in_a_row = counts.get("total", 0), counts.get("in_a_row", 0)
-        data: Any = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        self._blank = False
+        if self._trainer is None:
+            return
+        data: Any = getattr(self._trainer, "datamodule", None)
         if data is not None:
             check_items(checkpoint.get("item_names", []), data.item_names)
+        check_table(checkpoint, self.state_dict(), self._trainer.callbacks)  # pyright: ignore
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -120,6 +120,9 @@ def test_where_decides_which_side_is_normalised():
         torch.testing.assert_close(module.item_embedding(items).norm(dim=2), torch.full((1, 2), looked_up))
         expected = stored if met is None else unit_rows(stored, 0)
         torch.testing.assert_close(module.item_embedding.weight.detach(), expected)
+    for bad in ({"where": "output", "mode": "hook"}, {"where": "input", "mode": "project"}):
+        with pytest.raises(MisconfigurationException, match="needs mode='parametrize'"):
+            ItemEmbeddingNorm(**bad)
     module = Foreign()
     ItemEmbeddingNorm(mode="hook", input_scale=3.0).install(module)
     torch.testing.assert_close(module.item_embedding(items).norm(dim=2), torch.full((1, 2), 3.0))

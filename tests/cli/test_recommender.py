@@ -96,6 +96,7 @@ def test_test_ranks_every_user_once(work, run, evolute):
     result = evolute("test", "--config", "tiny.yaml", "--ckpt_path", ckpt, cwd=work)
     assert result.code == 0, result.err
     assert "test/ndcg@10" in result.out
+    assert "items, those of the history kept in" in result.out + result.err
 
 
 def test_curvature_radius_and_noise_are_measured_beside_the_norm(work, evolute):
@@ -130,12 +131,16 @@ BAD = {
         "item '99' is unknown to the checkpoint (1 of 31)"),
     "vectors that do not cover the items": (
         "fit", ["--data.init_args.source", "more.csv"], "holds no vector of item '99' (1 of 31 missing)"),
+    "nothing trained to serve": ("predict", [], "predict: the model has not been trained; name a checkpoint"),
+    "nothing trained to test": ("test", [], "test: the model has not been trained"),
+    "a checkpoint of normalised items without the norm": (
+        "predict", ["--ckpt_path", "run/checkpoints/step=00000012.ckpt", "--trainer.callbacks", "null"],
+        "trained with ItemEmbeddingNorm, and this configuration has none"),
     "no vectors": ("fit", ["--data.init_args.vectors", "null"], "this needs item vectors"),
     "too many components": ("fit", ["--model.init_args.dim", "16"], "makes 16 dimensions of 12"),
     "an adapter of a narrow table": ("fit", ["--model.init_args.adapter", "linear"], "take none"),
     "no such file": ("fit", ["--data.init_args.source", "./none.csv"], "no such file"),
-    "a pattern without a match": (
-        "fit", ["--trainer.callbacks.0.init_args.target", "films"], "films"),
+    "a pattern without a match": ("fit", [], "films"),
 }  # fmt: skip
 
 
@@ -143,13 +148,11 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, work, run, evolute):
     write_csv(work / "more.csv", [*rows(users=40, items=30), ("u1", "99", 90)])
     command, arguments, message = BAD[name]
-    if "callbacks" in arguments[0]:
-        config = yaml.safe_load((work / "tiny.yaml").read_text())
+    config = yaml.safe_load((work / "tiny.yaml").read_text())
+    if name == "a pattern without a match":
         config["trainer"]["callbacks"][0]["init_args"]["target"] = "films"
-        (work / "bad.yaml").write_text(yaml.safe_dump(config))
-        result = evolute(command, "--config", "bad.yaml", "--run", "bad", cwd=work)
-    else:
-        result = evolute(command, "--config", "tiny.yaml", "--run", "bad", *arguments, cwd=work)
+    (work / "bad.yaml").write_text(yaml.safe_dump(config))
+    result = evolute(command, "--config", "bad.yaml", "--run", "bad", *arguments, cwd=work)
     assert result.code == 2
     assert message in result.err
     assert result.err.count("\n") == 1, result.err

@@ -189,18 +189,41 @@ def test_movielens_items_have_titles_years_and_genres(tmp_path):
     assert read_items(str(tmp_path)).text["7"] == "Twelve Monkeys (1995). Genres: Sci-Fi Drama"
 
 
+def test_a_table_of_items_brings_texts_titles_and_genres(source, tmp_path):
+    rows = ["item_id,about,name,kind", '3,"A long\nstory",Story,War Drama', "4,,Other,", "3,,,"]
+    (tmp_path / "items.csv").write_text("\n".join(rows).replace("\\n", " ") + "\n")
+    table = str(tmp_path / "items.csv")
+    found = read_items(table, "about", title="name", genre="kind")
+    assert (found.title, found.genre) == ({"3": "Story", "4": "Other"}, {"3": "War"})
+    assert set(found.text) == {"3"}
+    assert read_items(table, "about").title["3"].startswith("A long")
+    data = module(source, items=table, text_column="about", title_column="name", genre_column="kind")
+    place = data.item_names.index("3")
+    assert (data.item_titles[place], data.item_genres[place]) == ("Story", "War")
+    assert data.item_titles[data.item_names.index("5")] == "5"
+    (tmp_path / "items.csv").write_text("item_id,about\n3,One\n4,Two\n3,Three\n")
+    with pytest.raises(ValueError, match="item '3' has another 'about' in row 3"):
+        read_items(table, "about")
+
+
 BAD = {
     "a missing column": ("user,item_id,timestamp\na,1,2", {}, "no column 'user_id'"),
     "a missing time": (
         "user_id,item_id,timestamp\na,1,2\na,2,",
         {},
-        "in 1 of 2 rows, first in row 2.*time: null",
+        "in 1 of 2 rows, first in row 2.*time_column: null",
     ),
     "no times at all": ("user_id,item_id\na,1", {}, "no column 'timestamp'"),
     "a time in words": ("user_id,item_id,timestamp\na,1,noon", {}, "numbers are needed"),
     "a missing user": ("user_id,item_id,timestamp\n,1,2", {}, "'user_id' has no value"),
     "nothing": ("user_id,item_id,timestamp\n", {}, "holds no interactions"),
     "too few events": ("user_id,item_id,timestamp\na,1,1\na,2,2\nb,1,3", {}, "too few to split"),
+    "nothing left to train on": (
+        "user_id,item_id,timestamp\n" + "\n".join(f"{u},{i},{i}" for u in "ab" for i in range(3)),
+        {},
+        "no user has two events left to train on",
+    ),
+    "a missing time by another name": ("user_id,item_id,at\na,1,", {"time_column": "at"}, "time_column: null takes"),
     "a core of nothing": ("user_id,item_id,timestamp\na,1,1\na,2,2", {"k_core": 5}, "no interaction is left"),
 }
 

@@ -245,13 +245,16 @@ def test_generalized_form_solves_its_pencil_and_whitens():
     np.testing.assert_allclose(z.T @ z / len(z), np.eye(4), atol=1e-9)
 
 
-def test_a_null_direction_is_never_taken():
+@pytest.mark.parametrize("form", ["difference", "trace_ratio", "generalized"])
+def test_a_null_direction_is_never_taken(form):
     x, graph = case()
     x = np.concatenate([x, x[:, :1] + x[:, 1:2]], axis=1)  # exactly dependent, as MiniLM's vectors are
-    p = RecPCA(4, 1.0, "generalized").fit(x, graph).components_
+    p = RecPCA(4, 1.0, form).fit(x, graph).components_
     assert np.abs(p).max() < 100
+    p = RecPCA(12, 1.0, form).fit(x, graph).components_
+    assert angle(p.T, linalg.eigh(np.cov(x.T))[1][:, 1:]) < 1e-6
     with pytest.raises(ValueError, match="12 directions only"):
-        RecPCA(13, 1.0, "generalized").fit(x, graph)
+        RecPCA(13, 1.0, form).fit(x, graph)
 
 
 @pytest.mark.parametrize("form", ["difference", "trace_ratio", "generalized"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from evolute.callbacks import ItemEmbeddingNorm, ItemGeometry
 from evolute.data import InteractionDataModule
 from evolute.recipes.recommender import Recommend
 from tests.data.test_interactions import rows, write_csv
@@ -56,3 +57,30 @@ def test_a_nonfinite_loss_takes_no_step(tmp_path):
 def test_nonfinite_losses_raise_at_once_or_after_some_in_a_row(tmp_path, mode, bad):
     with pytest.raises(RuntimeError, match=f"not finite {len(bad)} step"):
         fit(tmp_path, bad, on_nonfinite=mode, max_nonfinite=3)
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled"])
+@pytest.mark.parametrize("encoder", ["sasrec", "lightgcn"])
+def test_rows_normalised_on_look_up_are_scored_so_too(tmp_path, loss, encoder):
+    write_csv(tmp_path / "log.csv", rows(users=40, items=30))
+    data = InteractionDataModule(str(tmp_path / "log.csv"), max_len=4, batch_size=8)
+    queries = {}
+    for mode in ("hook", "parametrize"):
+        L.seed_everything(0, verbose=False)
+        module = Recommend(encoder=encoder, dim=8, loss=loss, encoder_args={"layers": 1})
+        norm, geometry = ItemEmbeddingNorm(mode=mode, row_norm=None), ItemGeometry(every_n_steps=1, budget=None)
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_steps=1, limit_val_batches=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[norm, geometry],
+        )  # fmt: skip
+        trainer.fit(module, data)
+        assert trainer.callback_metrics["item_geometry/norm_ratio"] == pytest.approx(1, rel=1e-5)
+        module.eval()
+        _, table, _ = module.queries(next(iter(data.train_dataloader())))
+        scored = table[torch.arange(30)]
+        torch.testing.assert_close(scored.norm(dim=1), torch.ones(30))
+        queries[mode] = module.user_queries(next(iter(data.test_dataloader())))
+        torch.testing.assert_close(queries[mode][1].norm(dim=1), torch.ones(30))
+    # Gradients are those of the same function, so that one step later the two are still alike.
+    for hook, whole in zip(queries["hook"], queries["parametrize"], strict=True):
+        torch.testing.assert_close(hook, whole, rtol=1e-3, atol=1e-3)
