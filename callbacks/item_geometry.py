@@ -32,7 +32,7 @@ class ItemGeometry(Callback):
       ``eff_rank``, ``kappa_cov``, ...; with a graph ``tv_ratio`` and ``misalign``;
     - ``kappa_hess``: condition number of the softmax loss's Hessian in the query (damped), mean logarithm over a few
       queries of the batch, and ``hess_top``, its largest eigenvalue; from the output of ``query``;
-    - ``loss_gap``: training loss less that of a reference run at the same step.
+    - ``loss_gap``: training loss less that of a reference run at the same step, at every step that run logged.
 
     The vectors themselves go to ``arrays/item_geometry`` of the run folder at the first and the last measurement's
     step, up to ``keep`` items, for the report's map and neighbours.
@@ -79,7 +79,7 @@ class ItemGeometry(Callback):
         self._captured: Tensor | None = None
         self._met: Tensor | None = None
         self._last: tuple[int, Tensor] | None = None
-        self._measured: int | None = None
+        self._stepped: int | None = None
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -129,20 +129,21 @@ class ItemGeometry(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, self._measured = self._measured, None
+        step, self._stepped = self._stepped, None
         if step is None or step not in self._reference:
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            record(trainer, "item_geometry", {"loss_gap": float(loss) - self._reference[step]}, step)
+            whole = float(loss) * trainer.accumulate_grad_batches  # Lightning has divided it
+            record(trainer, "item_geometry", {"loss_gap": whole - self._reference[step]}, step)
 
     def _after_update(self, step: OptimizerStep) -> None:
         if self._pace.now:
             with self._pace.timed():
                 values = self._measure()
-            self._measured = self._pace.step
             record(self._trainer, "item_geometry", {**values, "time_ms": self._pace.time_ms()}, self._pace.step)
         self._captured = self._met = None
+        self._stepped = self._pace.step
         self._pace.close(self._trainer)
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ PANELS = (
     ("kappa_hess", "condition number of the\nloss in the query", True),
     ("kappa_cov", "condition number of the\ncovariance of the items", True),
     ("tv_ratio", "total variation on the graph\n(1: unrelated)", False),
+    ("loss_gap", "training loss less that of\nthe reference run", False),
 )
 GENRES = 6
 SHOWN = 6

@@ -1,6 +1,7 @@
 """Normalised item vectors on modules that know nothing of evolute, and the monitor of their geometry."""
 
 import copy
+import csv
 import pickle
 
 import lightning as L
@@ -11,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
 
-from evolute.callbacks import CurvatureMonitor, ItemEmbeddingNorm, ItemGeometry, NoiseAdaptiveLR, StepRadius
+from evolute.callbacks import CurvatureMonitor, ItemEmbeddingNorm, ItemGeometry, MetricsCSV, NoiseAdaptiveLR, StepRadius
 from evolute.geometry import condition_number, embedding_geometry, softmax_covariance, unit_rows
 from tests.conftest import fit, trainer_of
 from tests.modules import Recorder
@@ -201,11 +202,32 @@ def test_the_monitor_records_what_the_formulas_give():
     assert row["item_geometry/norm_ratio"] == pytest.approx(1.0, rel=1e-5)
 
 
-def test_the_monitor_compares_with_a_reference_run(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_monitor_compares_with_a_reference_run_at_the_steps_that_it_logged(tmp_path, accumulate):
+    class Logged(Foreign):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss.detach())
+            return loss
+
+    def run(*callbacks, logger):
+        fit(
+            list(callbacks), Logged, batches(), max_steps=8, logger=logger, log_every_n_steps=3 * accumulate,
+            accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        return logger
+
+    run(logger=MetricsCSV(tmp_path))
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        logged = [int(row["step"]) for row in csv.DictReader(file)]
+    gaps = run(
+        ItemGeometry(every_n_steps=4, budget=None, reference=str(tmp_path)), logger=Recorder()
+    ).of("item_geometry/loss_gap")  # fmt: skip
+    assert sorted(gaps) == logged != []
+    assert list(gaps.values()) == pytest.approx([0] * len(gaps), abs=1e-6)
     (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n4,2.0\n")
     recorder = Recorder()
-    callback = ItemGeometry(every_n_steps=2, budget=None, reference=str(tmp_path))
-    fit([callback], Foreign, batches(), max_steps=6, logger=recorder)
+    fit([ItemGeometry(budget=None, reference=str(tmp_path))], Foreign, batches(), max_steps=6, logger=recorder)
     gaps = recorder.of("item_geometry/loss_gap")
     assert sorted(gaps) == [0, 4]
     L.seed_everything(0, verbose=False)
