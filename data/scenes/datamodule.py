@@ -7,14 +7,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from evolute.data.resumable import ResumablePlace
 from evolute.data.samplers import ResumableLoader, ResumableSampler
 from evolute.data.scenes.colmap import read_colmap
 from evolute.data.scenes.lidar import project_cloud, read_cloud
@@ -25,7 +24,7 @@ from evolute.data.scenes.transforms import read_transforms
 Format = Literal["auto", "colmap", "transforms"]
 
 
-class SceneDataModule(L.LightningDataModule):
+class SceneDataModule(ResumablePlace):
     """Views of one scene. Every ``test_every``-th image, by name, is held out.
 
     A batch is one view, with a batch dimension of 1 in front: ``image`` [1, H, W, 3] uint8, ``depth`` [1, H, W] float32
@@ -169,38 +168,9 @@ class SceneDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a place in the order of views means nothing without."""
-        return self._identity()
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was trained on these views.
-
-        Raises:
-            ValueError: if number or order of the views differ.
-        """
-        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        for key, now in self._identity().items():
-            if state_dict.get(key, now) != now:
-                raise ValueError(
-                    f"the checkpoint was trained with {key}={state_dict[key]!r}, this run has {now!r}: "
-                    "resume with the same value"
-                )
-
     def _identity(self) -> dict[str, Any]:
         train, test = self._sets()
         return {"training views": len(train), "test views": len(test), "seed": self.seed, "depth_from": self.depth_from}
-
-    def _position(self) -> tuple[int, int] | None:
-        """Return ``(epoch, batch)`` to train on next; see ``TextDataModule``."""
-        trainer = self.trainer
-        if trainer is None or trainer.state.status != TrainerStatus.RUNNING or not trainer.training:
-            return 0, 0
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        per_epoch = int(trainer.num_training_batches)
-        return None if progress.current.ready >= per_epoch else divmod(progress.total.processed, per_epoch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _sets(self) -> "tuple[Views, Views]":
         if self._views is None:
