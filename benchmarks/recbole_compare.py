@@ -13,7 +13,8 @@ of processor time; an epoch's are of training alone, an evaluation's of one call
 ``Trainer.test``. One JSON a run in results/recbole.
 
 Bars, against each of our arms: a tenth of the CPU time an epoch, evaluation as fast, peak memory as small (all of the
-process, and over its imports), NDCG@10 as high within RecBole's CPU time and at our best validation epoch.
+process, and over its imports), NDCG@10 as high within RecBole's CPU time and at our best validation epoch, whichever is
+higher of RecBole's last epoch and its best validation epoch.
 """
 
 import argparse
@@ -223,8 +224,9 @@ def table(encoders: list[str]) -> Iterator[str]:
         off = check(peer, data)
         c, rows = costs(peer), peer["epochs"]
         best, total = max(rows, key=lambda row: ndcg(row, "val")), sum(row["cpu_s"] for row in rows)
+        theirs = max(ndcg(best, "test"), ndcg(rows[-1], "test"))
         print(f"| {PEERS[encoder]}, RecBole | {len(rows)} | {c['epoch']:.0f} | {c['users']:.0f} | {c['peak']:.0f} "
-              f"({c['over']:.0f}) | {ndcg(best, 'test'):.4f} | in {total:.0f} s | "
+              f"({c['over']:.0f}) | {ndcg(best, 'test'):.4f}, last {ndcg(rows[-1], 'test'):.4f} | in {total:.0f} s | "
               f"{until(rows, ndcg(best, 'val')):.0f} |")  # fmt: skip
         for arm in ARMS:
             runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{encoder}-{arm}-*.json"))]
@@ -242,8 +244,8 @@ def table(encoders: list[str]) -> Iterator[str]:
                   f"{shown(final)} | {shown(equal)} | {np.mean(reach):.0f} |")  # fmt: skip
             bars = {"CPU an epoch": c["epoch"] >= 10 * o["epoch"], "evaluation": o["users"] >= c["users"],
                     "peak memory": o["peak"] <= c["peak"], "memory over imports": o["over"] <= c["over"],
-                    "NDCG@10 at our best epoch": np.mean(final) >= ndcg(best, "test"),
-                    "NDCG@10 within RecBole's CPU time": np.mean(equal) >= ndcg(best, "test")}  # fmt: skip
+                    "NDCG@10 at our best epoch": np.mean(final) >= theirs,
+                    "NDCG@10 within RecBole's CPU time": np.mean(equal) >= theirs}  # fmt: skip
             yield from (f"{encoder}, {arm}: {name}" for name, met in bars.items() if not met)
         print(f"<!-- RecBole's NDCG@10 and ours of its scores differ by at most {off:.1e} -->")
 
