@@ -108,7 +108,8 @@ class InteractionDataModule(ResumablePlace):
     ) -> None:
         super().__init__()
         for name, value in (("max_len", max_len), ("batch_size", batch_size), ("eval_batch_size", eval_batch_size),
-                            ("k_core", k_core)):  # fmt: skip
+                            ("k_core", k_core), ("window", 1 if window is None else window),
+                            ("neighbours", 1 if neighbours is None else neighbours)):  # fmt: skip
             if value < 1:
                 raise ValueError(f"InteractionDataModule({name}={value}): must be at least 1")
         for name, value, known in (("ties", ties, ("file", "item")), ("split", split, ("leave_one_out", "time"))):

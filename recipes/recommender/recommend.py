@@ -122,8 +122,9 @@ class Recommend(L.LightningModule):
         ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"Recommend({name}={value}): must be at least 1")
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"Recommend(lr={lr}): must be positive")
+        for name, value in (("lr", lr), ("row_norm", 1.0 if row_norm is None else row_norm)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"Recommend({name}={value}): must be positive")
         if (adapter is not None) != (init in ("text", "gaussian")):
             raise ValueError(
                 f"Recommend(init={init!r}, adapter={adapter!r}): 'text' and 'gaussian' are as wide as the text "

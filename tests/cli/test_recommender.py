@@ -139,6 +139,7 @@ BAD = {
     "no vectors": ("fit", ["--data.init_args.vectors", "null"], "this needs item vectors"),
     "too many components": ("fit", ["--model.init_args.dim", "16"], "makes 16 dimensions of 12"),
     "an adapter of a narrow table": ("fit", ["--model.init_args.adapter", "linear"], "take none"),
+    "a negative length": ("fit", ["--model.init_args.row_norm", "-1"], "Recommend(row_norm=-1.0): must be positive"),
     "no such file": ("fit", ["--data.init_args.source", "./none.csv"], "no such file"),
     "a pattern without a match": ("fit", [], "films"),
 }  # fmt: skip

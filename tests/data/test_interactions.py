@@ -243,6 +243,8 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name):
     [
         {"max_len": 0},
         {"batch_size": 0},
+        {"window": 0},
+        {"neighbours": 0},
         {"ties": "random"},
         {"split": "half"},
         {"valid_fraction": 0.9, "test_fraction": 0.2},

@@ -7,8 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from evolute.callbacks import ItemEmbeddingNorm, ItemGeometry
+from evolute.callbacks import ItemEmbeddingNorm, ItemGeometry, ItemInit
 from evolute.data import InteractionDataModule
+from evolute.geometry import write_vectors
 from evolute.recipes.recommender import Recommend
 from tests.data.test_interactions import rows, write_csv
 
@@ -84,3 +85,21 @@ def test_rows_normalised_on_look_up_are_scored_so_too(tmp_path, loss, encoder):
     # Gradients are those of the same function, so that one step later the two are still alike.
     for hook, whole in zip(queries["hook"], queries["parametrize"], strict=True):
         torch.testing.assert_close(hook, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoder", ["gru4rec", "bert4rec"])
+def test_the_callback_makes_the_table_that_the_recipe_makes(tmp_path, encoder):
+    write_csv(tmp_path / "log.csv", rows(users=40, items=30))
+    write_vectors(tmp_path / "v.parquet", [str(i) for i in range(30)], torch.randn(30, 12).numpy())
+    found = []
+    for init, callbacks in (("rec_pca", []), ("random", [ItemInit(method="rec_pca")])):
+        data = InteractionDataModule(str(tmp_path / "log.csv"), max_len=4, vectors=str(tmp_path / "v.parquet"))
+        module = Recommend(encoder=encoder, dim=8, init=init, trade_off=0.95, encoder_args={})
+        trainer = L.Trainer(
+            accelerator="cpu", devices=1, max_steps=0, limit_val_batches=0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        found.append(module.item_emb.weight[:30].detach())
+        assert not module.item_emb.weight[30].any()
+    assert torch.equal(*found)
