@@ -49,12 +49,12 @@ class AdaptedRows(nn.Module):
 
     @override
     def forward(self, vectors: Tensor) -> Tensor:
-        """Return the whole table [first + n + ..., d] that the text vectors [n, D] make."""
-        rest = self.rest
+        """Return the whole table [first + n + ..., d] that the text vectors [n, D] make, in their type."""
+        rest = self.rest.to(vectors)  # a buffer stays float32 where DeepSpeed makes the parameters bfloat16
         if self.padding is not None:
             pads = torch.arange(len(rest), device=rest.device) == self.padding
             rest = rest.masked_fill(pads[:, None], 0.0)
-        return torch.cat([rest[: self.first], self.adapter(vectors), rest[self.first :]])
+        return torch.cat([rest[: self.first], self.adapter(vectors).to(vectors), rest[self.first :]])
 
 
 class ItemInit(Callback):

@@ -4,11 +4,14 @@ A callback enters the tests of ``tests/callbacks/test_contracts.py`` by being li
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.callbacks import Callback
 
 from evolute.callbacks import (
@@ -28,6 +31,7 @@ from evolute.callbacks import (
     SpectrumProbe,
     StepRadius,
 )
+from evolute.geometry import write_vectors
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,16 @@ def _unit_items(**kwargs: Any) -> Callback:
 
 def _first_items(**kwargs: Any) -> Callback:
     return ItemInit(**{"method": "random", "target": _HEADS, **kwargs})
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+
+
+def _adapted_items(**kwargs: Any) -> Callback:
+    """Four item vectors of width 5, under the numbers of the rows of a head, and an adapter over them."""
+    path = Path(_FOLDER.name) / "vectors.parquet"
+    write_vectors(path, [str(row) for row in range(4)], np.random.default_rng(0).normal(size=(4, 5)))
+    return ItemInit(**{"vectors": str(path), "method": "linear", "target": "head", "first_row": 0, **kwargs})
 
 
 def _capo(**kwargs: Any) -> Callback:
@@ -460,6 +474,7 @@ _HALVES = (Refusal({"accumulate": 1}, "accumulate_grad_batches"),)
 MATRIX: dict[str, Setting] = {
     **SETTINGS,
     "LayerMonitor-split": Setting(partial(_layers, noise="split"), "layer", "layer/grad_norm", refuses=_HALVES),
+    "ItemInit-linear": Setting(_adapted_items, "item_init", "item_init/row_norm", intervention=True, once=True),
     "NoiseAdaptiveLR-split": Setting(
         partial(_noise, estimator="split"), "noise", "noise/time_ms", intervention=True, refuses=_HALVES
     ),

@@ -190,7 +190,8 @@ def deviations(found: dict[str, Any], reference: dict[str, Any], start: dict[str
     over layers and steps, because some pass through zero: the trace, what is left of a signal.
     """
     for name, w in reference["weights"].items():
-        way = w - start[name] if w.shape == start[name].shape else w  # rows were added to it, or dropped
+        began = start.get(name)
+        way = w - began if began is not None and w.shape == began.shape else w  # it was added, or rows of it
         yield name, float((found["weights"][name] - w).norm() / way.norm())
     ours, theirs = _values(found), _values(reference)
     largest: dict[str, float] = {}
