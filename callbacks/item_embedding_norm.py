@@ -80,8 +80,8 @@ class ItemEmbeddingNorm(Callback):
     Args:
         target: regular expression over whole names of modules. One with a matrix ``weight`` is normalised by mode; of
             one without (an adapter over text vectors), the output is.
-        query: regular expression over whole names of modules whose output meets the item vectors; None, or no such
-            module, leaves queries as they are.
+        query: regular expression over whole names of modules whose output meets the item vectors; None, or no module of
+            the usual names, leaves queries as they are.
         where: ``"both"`` sides of a tied table, ``"output"`` (inputs look up the rows as they are), ``"input"`` (only
             looked-up rows are normalised), or ``"none"``: nothing is.
         mode: ``"parametrize"``: the weight is a function of the stored one, for every use of it; ``"hook"``: looked-up
@@ -190,14 +190,22 @@ class ItemEmbeddingNorm(Callback):
         self._rows = {name: weight for name, child in found if (weight := matrix_of(child)) is not None}
         if self._off:
             return
+        queries = list(modules_named(module, self.query)) if self.query else []
+        if not queries and (self.learn_temperature or self.query not in (None, QUERIES)):
+            raise MisconfigurationException(
+                f"ItemEmbeddingNorm(query={self.query!r}) matches no module of {type(module).__name__}, and the "
+                "temperature acts on its output; its modules are "
+                + ", ".join(name for name, _ in module.named_children())
+            )
         for name, child in found:
             if isinstance(child, nn.Linear) and (self.mode == "hook" or self.where == "input"):
                 raise MisconfigurationException(
                     f"ItemEmbeddingNorm(mode={self.mode!r}, where={self.where!r}): {name} is a linear head, whose rows "
                     "nobody looks up: use mode='parametrize'"
                 )
+        for _, child in found:
             self._install_table(module, child)
-        for _, child in modules_named(module, self.query) if self.query else ():
+        for _, child in queries:
             self._install_query(module, child)
 
     def _install_table(self, module: nn.Module, child: nn.Module) -> None:

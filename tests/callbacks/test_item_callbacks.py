@@ -176,6 +176,13 @@ def test_what_matches_nothing_is_refused_with_the_names_there_are():
     for callback in (ItemEmbeddingNorm(target="films"), ItemGeometry(target="films")):
         with pytest.raises(MisconfigurationException, match="films"):
             fit([callback], Foreign, batches())
+    for arguments in ({"query": "encodre"}, {"query": None, "learn_temperature": True}):
+        module = Foreign()
+        with pytest.raises(
+            MisconfigurationException, match=r"matches no module of Foreign.*item_embedding, encoder, he"
+        ):
+            ItemEmbeddingNorm(**arguments).install(module)
+        assert type(module.item_embedding) is nn.Embedding  # nothing was half installed
     with pytest.raises(MisconfigurationException, match=r"item_embedding, .*head"):
         ItemEmbeddingNorm(target="films").install(Foreign())
     with pytest.raises(MisconfigurationException, match="films"):
