@@ -16,6 +16,7 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.nn import functional as F
 
 from evolute.callbacks import ItemEmbeddingNorm
 from evolute.data import InteractionDataModule
@@ -38,6 +40,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "llm init": {"init": "truncate"},
     "pca": {"init": "pca"},
     "rec-pca": {"init": "rec_pca", "trade_off": 0.95},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "gru4rec": {"encoder": "gru4rec"},
+    "sasrec": {"encoder": "sasrec"},  # with a linear head
+    "published-sasrec": {"encoder": "sasrec", "encoder_args": {"head": False}},
 }
 RATES = {False: (3e-3, 1e-2, 3e-2), True: (1e-3, 3e-3, 1e-2)}
 CHOOSING, FRESH = (0, 1), (2, 3, 4, 5, 6)
@@ -84,13 +91,24 @@ def kappa(module: Recommend, data: InteractionDataModule) -> float:
         return float(condition_number(softmax_covariance(table, probs)).log().mean().exp())
 
 
+class KnownItems(Recommend):
+    """Trained as if items without a training event did not exist: they are no negatives, and their rows stay."""
+
+    def loss_on(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        known = torch.from_numpy(data.train_counts > 0)
+        queries, table, targets = self.queries(batch)
+        return F.cross_entropy(queries @ table[known].T, (known.cumsum(0) - 1)[targets])
+
+
 def fit(
     encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str, hold_out_items: float = 0.0
 ) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
     data = InteractionDataModule(vectors=vectors, seed=seed, batch_size=32, hold_out_items=hold_out_items)
     data.setup("fit")
-    module = Recommend(encoder=encoder, lr=lr, **ARMS[arm])  # type: ignore[arg-type]
+    kind = KnownItems if hold_out_items else Recommend
+    module = kind(**ENCODERS[encoder], lr=lr, **ARMS[arm])  # type: ignore[arg-type]
     curve = Curve(data)
     callbacks: list[Any] = [curve, *([ItemEmbeddingNorm(**NORM)] if norm else [])]
     trainer = L.Trainer(
@@ -108,26 +126,43 @@ def fit(
     }  # fmt: skip
 
 
-COLD = (("random", False), ("random", True), ("llm init", True), ("pca", True), ("rec-pca", True))
+COLD = (
+    ("random", False), ("random", True), ("llm init", True), ("pca", True), ("rec-pca", True), ("frozen+linear", True),
+)  # fmt: skip
+COLD_RATES = {False: 1e-2, True: 3e-3}
 
 
-def cold(encoder: str, vectors: str, seeds: tuple[int, ...], lr: float, share: float = 0.1) -> None:
+def cold(encoder: str, vectors: str, seeds: tuple[int, ...], share: float = 0.1) -> None:
     """Rank targets by how often training saw them: a tenth of the items is removed from it altogether.
 
-    Their rows stay what the text made them, ``z = (x - mean) P``; the share of targets they are is small, so the mean
-    reciprocal rank among all items is shown as well.
+    Their rows stay what the text made them, ``z = (x - mean) P`` (or go through the trained adapter), and meet the
+    queries only in the ranking of all items. The share of targets they are is small, so the mean reciprocal rank and
+    the median rank are shown as well.
     """
-    print("| arm | norm | seed | NDCG@10, MRR: no event | 1 to 5 events | more |\n|---|---|---|---|---|---|")
     for arm, norm in COLD:
         for seed in seeds:
-            path = RESULTS / f"cold-{encoder}-{arm.replace(' ', '_')}-{norm}-{lr:g}-{seed}.json"
+            path = RESULTS / f"cold-{encoder}-{arm.replace(' ', '_')}-{norm}-{seed}.json"
             if not path.exists():
-                found = fit(encoder, arm, norm, lr, seed, vectors, hold_out_items=share)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found))
-            groups = json.loads(path.read_text())["groups"]
-            cells = [f"{g['ndcg@10']:.4f}, {g['mrr']:.4f} ({g['targets']})" for g in groups]
-            print(f"| {arm} | {'yes' if norm else 'no'} | {seed} | " + " | ".join(cells) + " |", flush=True)
+                found = fit(encoder, arm, norm, COLD_RATES[norm], seed, vectors, hold_out_items=share)
+                write(path, found)
+                print(path.stem, found["groups"], flush=True)
+    print(
+        "| arm | norm | seeds | no event: NDCG@10, MRR, median rank | 1 to 5 events | more |\n|---|---|---|---|---|---|"
+    )
+    for arm, norm in COLD:
+        paths = RESULTS.glob(f"cold-{encoder}-{arm.replace(' ', '_')}-{norm}-*.json")
+        runs = [json.loads(p.read_text())["groups"] for p in paths]
+        cells = []
+        for of in zip(*runs, strict=True):
+            middle = np.mean([g["median"] for g in of])
+            cells.append(f"{mean(g['ndcg@10'] for g in of)}, {mean(g['mrr'] for g in of)}, {middle:.0f}")
+        print(f"| {arm} | {'yes' if norm else 'no'} | {len(runs)} | " + " | ".join(cells) + " |")
+
+
+def mean(values: Iterable[float]) -> str:
+    """Return mean and standard error."""
+    of = list(values)
+    return f"{np.mean(of):.4f} ± {np.std(of, ddof=1) / len(of) ** 0.5:.4f}"
 
 
 def by_events(module: Recommend, data: InteractionDataModule) -> list[dict[str, float]]:
@@ -141,22 +176,17 @@ def by_events(module: Recommend, data: InteractionDataModule) -> list[dict[str, 
     for low, high in ((0, 0), (1, 5), (6, 10**9)):
         chosen = ranks[(count >= low) & (count <= high)]
         metrics = ranking_metrics(chosen, [10]) if len(chosen) else {"ndcg@10": torch.tensor(float("nan"))}
-        reciprocal = float((1 / chosen.double()).mean())
-        groups.append({"targets": len(chosen), "ndcg@10": float(metrics["ndcg@10"]), "mrr": reciprocal})
+        reciprocal, middle = float((1 / chosen.double()).mean()), float(chosen.double().quantile(0.5))
+        groups.append(
+            {"targets": len(chosen), "ndcg@10": float(metrics["ndcg@10"]), "mrr": reciprocal, "median": middle}
+        )
     return groups
-
-
-STARTS: dict[str, dict[str, Any]] = {
-    "sasrec, published": {"encoder": "sasrec", "encoder_args": {"head": False}},
-    "sasrec, with a head": {"encoder": "sasrec", "encoder_args": {"head": True}},
-    "gru4rec": {"encoder": "gru4rec"},
-}
 
 
 def start(vectors: str) -> None:
     """Print what models expect before their first step: the loss, and how much of it is the last item again."""
     print("| model | table | norm | loss | self logit | first guess repeats the last item |\n|---|---|---|---|---|---|")
-    for name, arguments in STARTS.items():
+    for name, arguments in ENCODERS.items():
         for init in ("random", "rec_pca"):
             for norm in (False, True):
                 L.seed_everything(0, verbose=False)
@@ -183,14 +213,19 @@ def path_of(encoder: str, arm: str, norm: bool, lr: float, seed: int) -> Path:
     return RESULTS / name
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
+
+
 def once(encoder: str, arm: str, norm: bool, lr: float, seed: int, vectors: str) -> dict[str, Any]:
     path = path_of(encoder, arm, norm, lr, seed)
     if not path.exists():
         result = fit(encoder, arm, norm, lr, seed, vectors)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result))
-        part.replace(path)
+        write(path, result)
         last = result["curve"][-1]
         print(
             path.stem,
@@ -241,9 +276,7 @@ def table(encoder: str) -> None:
                 [best(r) for r in runs],
                 [best(r, "test_filtered/ndcg@10") for r in runs],
             ]
-            cells = [
-                f"{np.mean(c):.4f} ± {np.std(c, ddof=1) / len(c) ** 0.5 if len(c) > 1 else 0:.4f}" for c in columns
-            ]
+            cells = [mean(c) for c in columns]
             kappas = float(np.exp(np.mean([np.log(r["kappa_hess"]) for r in runs])))
             print(
                 f"| {arm} | {'yes' if norm else 'no'} | {lr:g} | {len(runs)} | "
@@ -258,19 +291,18 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("run", "table", "cold", "start"))
-    parser.add_argument("--encoder", default="gru4rec")
+    parser.add_argument("--encoder", default="gru4rec", choices=list(ENCODERS))
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--vectors", default="wordllama")
     parser.add_argument("--choosing", nargs="*", type=int, default=list(CHOOSING))
     parser.add_argument("--fresh", nargs="*", type=int, default=list(FRESH))
-    parser.add_argument("--lr", type=float, default=1e-2, help="of the cold arms")
     a = parser.parse_args()
     if a.what == "table":
         table(a.encoder)
     elif a.what == "start":
         start(a.vectors)
     elif a.what == "cold":
-        cold(a.encoder, a.vectors, tuple(a.fresh), a.lr)
+        cold(a.encoder, a.vectors, tuple(a.fresh))
     else:
         run(a.encoder, a.arms, a.vectors, tuple(a.choosing), tuple(a.fresh))
 
