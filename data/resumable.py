@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from evolute.data.samplers import ResumableLoader, ResumableSampler
+from evolute.data.samplers import Loader, ResumableLoader, ResumableSampler
 from evolute.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -103,7 +103,7 @@ class ResumableDataModule(ResumablePlace):
         rank, world = self._world
         # The windows divide by the number of ranks (see PackedWindows), so this sampler repeats none of them.
         sampler = DistributedSampler(windows, world, rank, shuffle=False) if world > 1 else None
-        return DataLoader(windows, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
+        return Loader(windows, batch_size=self.batch_size, sampler=sampler, **self._loader_options())
 
     def _packed(self) -> tuple[Any, Any]:
         if self._windows is None:

@@ -1,7 +1,9 @@
 """A sampler and a loader that continue at the next batch after a resume."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -55,7 +57,43 @@ class ResumableSampler(DistributedSampler[int]):
         return iter(mine[self.start :].tolist())
 
 
-class ResumableLoader(DataLoader[Any]):
+class Loader(DataLoader[Any]):
+    """A ``DataLoader`` whose workers can be started right after a collective of gloo (see :func:`settle`)."""
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self.num_workers:
+            settle()
+        return super().__iter__()
+
+
+def settle(limit: float = 5.0) -> None:
+    """Wait, at most ``limit`` seconds, until gloo's threads rest, so that this process can be forked.
+
+    A collective returns before its thread has dropped the tensors. If theirs is the last reference, the thread enters
+    the interpreter, which takes the lock on the list of its threads. A child forked at that moment finds the lock held
+    by a thread that it does not have, and never comes out of ``fork``: its loader waits for a batch for ever, and the
+    other ranks for this one. Lightning broadcasts a flag just before it asks for each batch, so the moment is not rare
+    where processors are few. Threads are seen on Linux only, where loaders fork.
+    """
+    end = time.monotonic() + limit
+    resting = False
+    while not resting and time.monotonic() < end:
+        time.sleep(1e-3)  # without the interpreter's lock: who waits for it, wakes
+        resting = all(state == "S" for name, state in _threads() if name == "pt_gloo_runloop")
+
+
+def _threads() -> Iterator[tuple[str, str]]:
+    """Yield the name and the state letter of each thread of this process."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it ended
+            continue
+        yield name, rest.split()[0]
+
+
+class ResumableLoader(Loader):
     """A ``DataLoader`` that asks where to begin when its first batch is asked for, not when its iterator is made.
 
     Lightning makes the first iterator early (``estimated_stepping_batches`` in ``configure_optimizers`` is enough):

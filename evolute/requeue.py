@@ -62,6 +62,7 @@ class StopWhenTold(Callback):
         # Lightning's own handler of SIGTERM calls a collective from within the handler, while the other ranks may be
         # in another one, and makes the run stop where no exact checkpoint can be written.
         trainer._signal_connector.register_signal_handlers = _nothing
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # nor what it sets: ours is the vote
         self._unshield = shield_loader_workers()
 
     @override

@@ -1,9 +1,15 @@
 """The order of samples: a permutation of its own for each epoch, shared out among ranks, entered anywhere."""
 
+import hashlib
+import threading
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
-from evolute.data import ResumableLoader, ResumableSampler
+from evolute.data import ResumableLoader, ResumableSampler, samplers
+from evolute.data.samplers import Loader, settle
 
 
 def order(epoch=0, start=0, **kwargs):
@@ -47,3 +53,34 @@ def test_loader_asks_for_its_place_at_the_first_batch(workers):
     assert torch.cat(list(iterator)).tolist() == order(2)[12:]
     place[0] = None
     assert list(loader) == []
+
+
+def test_a_process_is_forked_only_when_the_threads_of_gloo_rest():
+    ended = threading.Event()
+
+    def busy(seconds: float) -> None:
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_text("pt_gloo_runloop")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            hashlib.sha256(bytes(1 << 20)).digest()  # without the interpreter's lock
+        ended.set()
+        finish.wait()
+
+    finish = threading.Event()
+    thread = threading.Thread(target=busy, args=(0.5,))
+    thread.start()
+    try:
+        loader = Loader(range(4), num_workers=1)  # pyright: ignore[reportArgumentType]
+        assert [int(i) for i in loader] == [0, 1, 2, 3]
+        assert ended.is_set()  # it waited
+        start = time.monotonic()
+        settle(limit=60)  # a thread that rests is not waited for
+        assert time.monotonic() - start < 30
+    finally:
+        finish.set()
+        thread.join()
+
+
+def test_a_process_without_workers_to_start_waits_for_nobody(monkeypatch):
+    monkeypatch.setattr(samplers, "settle", lambda: pytest.fail("waited"))
+    assert [int(i) for i in Loader(range(4))] == [0, 1, 2, 3]  # pyright: ignore[reportArgumentType]
